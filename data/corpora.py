@@ -1,0 +1,169 @@
+"""
+Where documents come from: the standard library's own source, files and folders of text, .jsonl files.
+
+    for name, parts in corpora.documents(corpora.source(["notes/", "faq.jsonl"]), skipped := Counter()): ...
+
+A document is its name and its parts. Text comes as an iterator of pieces (str, about 1 MB each, so that a large file is
+never held whole); an example as a tuple (prompt, response). Nothing is normalized: line ends stay as they are, only a
+byte-order mark goes. What cannot be used is counted in `skipped` by reason.
+"""
+
+import codecs
+import json
+import os
+import re
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+from data import UserError
+
+KNOWN = ["stdlib"]  # corpora that need no file; further ones are a branch in `source`
+PIECE, HARD_CUT = 1 << 20, 8 << 20  # characters
+# A place between two words in every pattern we know (Qwen2, GPT-2, Llama 3): white space after a letter or digit begins
+# a new one. A cut *after* a newline would not do: GPT-2 takes "\n\n" as one word at the end of a text, as two within.
+BOUNDARY = re.compile(r"(?<=[^\W_])(?=[ \r\n])")
+STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+
+
+class File(NamedTuple):
+    name: str  # relative and posix: the same on every machine
+    path: Path
+    lf: bool = False  # turn CRLF into LF
+
+
+class Skip(Exception):
+    """This document cannot be used; the message is the reason it is counted under."""
+
+
+def source(inputs, name=None, flag="--input"):
+    """The files behind `inputs` (paths), or behind the known corpus `name`: a list of File, sorted within each folder.
+
+    Hidden files, __pycache__, node_modules and links to folders are passed over. Raises UserError, naming `flag`, for
+    a path that is not there.
+    """
+    if name == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        # Windows installs it with CRLF; _sysconfigdata* is written by this machine's build, it is not the library's
+        return sorted(File(p.relative_to(root).as_posix(), p, lf=True) for p in walk(root, STDLIB_SKIPS, ".py")
+                      if not p.name.startswith("_sysconfigdata"))
+    files = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            found = walk(path, {"__pycache__", "node_modules"})
+            files += sorted(File(p.relative_to(path).as_posix(), p) for p in found)
+        elif path.exists():
+            files.append(File(path.name, path))
+        else:
+            raise UserError(f"{flag} {path}: there is no such file or folder")
+    seen = set()  # a file given twice, or inside a folder that was given too, is one file
+    return [f for f in files if (key := os.path.realpath(f.path)) not in seen and not seen.add(key)]
+
+
+def walk(root, skip, suffix=""):
+    """Files under `root`; links to folders are not followed, so there is no loop, and our own datasets not entered."""
+    for folder, folders, files in os.walk(root):
+        if "meta.json" in files and "train.bin" in files:
+            folders[:], files = [], []
+        folders[:] = [f for f in folders if f not in skip and not f.startswith(".")]
+        yield from (Path(folder, f) for f in files if not f.startswith(".") and f.endswith(suffix))
+
+
+def documents(files, skipped):
+    """Yield (name, parts) for each document of `files` (see `source`); counts in `skipped`, a Counter.
+
+    Reading `parts` of a text may raise Skip: then the whole document is to be dropped and counted by the caller.
+    Raises UserError for a broken .jsonl line, and for text mixed with examples.
+    """
+    kinds = {}  # "text" / "examples" -> the first place it was seen
+    for name, path, lf in files:
+        if not path.is_file():  # a dangling link, a pipe, a socket
+            skipped["not a regular file"] += 1
+            continue
+        rows = jsonl(path, name) if path.suffix.lower() == ".jsonl" else [(name, pieces(blocks(path, lf)))]
+        for place, parts in rows:
+            kinds.setdefault("examples" if isinstance(parts, tuple) else "text", place)
+            if len(kinds) == 2:
+                raise UserError(f"{kinds['text']} is text and {kinds['examples']} is a prompt and its response: make two "
+                                "datasets of them (two --name)")
+            yield place, parts
+
+
+def blocks(path, lf=False):
+    """The text of a file as str blocks of about 1 MB. Raises Skip if it is not UTF-8, is binary, or is blank."""
+    decoder, empty = codecs.getincrementaldecoder("utf-8-sig")(), True
+    try:
+        f = open(path, "rb")
+    except PermissionError:
+        raise Skip("no permission to read") from None
+    with f:
+        while block := f.read(PIECE):
+            if b"\0" in block:
+                raise Skip("binary (has NUL bytes)")
+            try:
+                text = decoder.decode(block)
+            except UnicodeDecodeError:
+                raise Skip("not UTF-8") from None
+            empty = empty and not text.strip()
+            yield text.replace("\r\n", "\n") if lf else text
+        if decoder.getstate()[0]:  # ends within a character (a lone part of a byte-order mark too)
+            raise Skip("not UTF-8")
+    if empty:
+        raise Skip("empty")
+
+
+def pieces(texts):
+    """Join and cut `texts` (an iterator of str) into pieces of about PIECE characters, at word boundaries.
+
+    So a document tokenized by pieces has the ids of the whole. Only text without a boundary for HARD_CUT characters
+    (nobody's prose) is cut anywhere.
+    """
+    buffer = ""
+    for text in texts:
+        buffer += text
+        if len(buffer) < PIECE:
+            continue
+        cut = max((m.start() for m in BOUNDARY.finditer(buffer, len(buffer) - 65536)), default=0)
+        if cut == 0 and len(buffer) >= HARD_CUT:
+            cut = len(buffer)
+        if cut:
+            yield buffer[:cut]
+            buffer = buffer[cut:]
+    if buffer:
+        yield buffer
+
+
+def jsonl(path, name):
+    """Yield (place, parts) per line: {"text"} as pieces, {"prompt", "response"} as a tuple; other fields are ignored.
+
+    Raises UserError naming file and line for anything else; blank lines are passed over.
+    """
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            place = f"{name}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError:
+                raise UserError(f"{place}: not UTF-8; save the file as UTF-8") from None
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{place}: not valid JSON ({e}); repair or remove the line") from None
+            fields = row if isinstance(row, dict) else {}
+            text, pair = fields.get("text"), (fields.get("prompt"), fields.get("response"))
+            if all(isinstance(x, str) for x in pair):
+                yield place, tuple(map(clean, pair))
+            elif isinstance(text, str):
+                text = clean(text)
+                yield place, pieces(text[i:i + PIECE] for i in range(0, len(text), PIECE))
+            else:
+                raise UserError(f'{place}: needs the string field "text", or the two "prompt" and "response"')
+
+
+def clean(text):
+    """JSON can spell half a surrogate pair ("\\ud83d"), which is no text: it becomes U+FFFD."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,626 @@
+"""What a model is: config, layers, the transformer, its key-value cache, and how one is read and written.
+
+A model is a Hugging Face directory (config.json, model.safetensors, tokenizer.json, ...). Field and tensor names are
+the Hub's own, so a directory written here opens in `transformers`, and a Llama-, Mistral-, Qwen2- or Qwen3-family
+directory opens here without renaming:
+
+    from model import load
+    model = load("out")                               # a training run: opens out/best
+    logits = model(torch.tensor([[1, 2, 3]]))         # (1, 3, vocab_size)
+
+Nothing here trains, samples or measures: see train.py and sample.py.
+"""
+import contextlib, dataclasses, functools, hashlib, json, math, os, shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from data.tokenizer import UserError
+
+FORMAT = 1                                  # of what we add to config.json; a newer one is refused by name
+NOT_FOR = """Text it writes may be wrong, biased, or copied from its training data. It is not for decisions about people,
+medical, legal or financial advice, or any use where a mistake does harm, without a person checking each answer."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+@dataclasses.dataclass
+class Config:
+    """Shapes and switches of a decoder-only transformer, in the Hub's names. The defaults are Qwen3's format.
+
+    What the Hub's families differ in is a switch here, set by from_hub(); one block carries them all.
+    """
+    model_type: str = "qwen3"
+    vocab_size: int = 4096                  # rows of the embedding; ids beyond the tokenizer's are padding
+    hidden_size: int = 256                  # width of the residual stream
+    intermediate_size: int = 768            # neurons of each MLP
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4            # fewer than the query heads: grouped-query attention (Ainslie et al., 2023)
+    head_dim: int = 64
+    max_position_embeddings: int = 256      # the window: the most tokens the model reads at once
+    tie_word_embeddings: bool = False
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    rope: dict = dataclasses.field(default_factory=lambda: dict(ROPE))         # rotary positions, as rope_parameters has them
+    sliding_window: int = 0                 # how far back sliding layers see, in tokens; 0: all the way
+    layer_types: list = None                # which layers slide, by name; None: all of them
+    # What the families differ in; from_hub() sets it.
+    qk_norm: bool = True                    # RMSNorm on each head's query and key (Henry et al., 2020)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    gated: bool = True                      # gate and up, or up alone
+    layer_norm: bool = False                # LayerNorm with bias instead of RMSNorm
+    learned_positions: bool = False         # a table added to the embedding instead of rotary positions
+    hub: dict = dataclasses.field(default_factory=dict, repr=False)     # config.json as it was read
+
+    def __post_init__(self):
+        for name in SIZES:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
+                            f"num_key_value_heads ({self.num_key_value_heads})")
+        if int(self.head_dim * self.rope["partial_rotary_factor"]) % 2:
+            raise UserError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of channels")
+        if self.hidden_act not in ACTIVATIONS:
+            raise UserError(f"hidden_act {self.hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        if self.rope["rope_type"] not in ("default", "linear", "llama3", "longrope"):
+            raise UserError(f"rope_type {self.rope['rope_type']!r} is not supported; supported: default, linear, llama3, longrope")
+
+    @classmethod
+    def from_hub(cls, hub):
+        """The config of a parsed config.json. Raises UserError for a family or a setting this code does not have."""
+        if hub.get("slm_format", FORMAT) > FORMAT:
+            raise UserError(f"this model was written by a newer version (format {hub['slm_format']}, known: {FORMAT}); "
+                            "update this code")
+        name = hub.get("model_type")
+        if "auto_map" in hub and name != "phi3":          # Phi-3's directories carry a copy of what transformers has
+            raise UserError("this model brings code of its own (auto_map in config.json), which is never run here; "
+                            f"supported: {', '.join(FAMILIES)}")
+        if name not in FAMILIES:
+            raise UserError(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+        family = FAMILIES[name]
+        ours = {theirs: k for k, theirs in family.renamed.items()}
+        found = {ours.get(k, k): v for k, v in hub.items() if v is not None}
+        missing = [k for k in SIZES[:4] if k not in found]
+        if missing:
+            raise UserError(f"config.json lacks {', '.join(family.renamed.get(k, k) for k in missing)}")
+        rope = {**(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}    # transformers 4 and 5
+        rope = {"rope_theta": found.get("rope_theta", 10000.0), "partial_rotary_factor": found.get("partial_rotary_factor", 1.0),
+                "rope_type": rope.get("type", "default"), **rope}
+        rope["rope_type"] = {"su": "longrope"}.get(rope["rope_type"], rope["rope_type"])
+        return cls(**{"num_key_value_heads": found["num_attention_heads"],
+                      "head_dim": found["hidden_size"] // found["num_attention_heads"], "intermediate_size": 4 * found["hidden_size"],
+                      **{k: found[k] for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act") if k in found},
+                      **family.switches(found)}, model_type=name, rope=rope, hub=hub)
+
+    def to_hub(self):
+        """config.json as a dict: what was read, with today's shapes."""
+        family = FAMILIES[self.model_type]
+        longrope = ("max_position_embeddings",) if self.rope["rope_type"] == "longrope" else ()      # ours is where short ends
+        names = [k for k in (*SIZES, "tie_word_embeddings", "rms_norm_eps", "hidden_act") if k not in family.fixed + longrope]
+        new = dict(rope_parameters=self.rope, rope_theta=self.rope["rope_theta"], attention_bias=False, use_cache=True)
+        kept = {k: v for k, v in self.hub.items() if k not in ("auto_map", "torch_dtype")} or new
+        return {"architectures": [family.architecture], "model_type": self.model_type, **kept,
+                **{family.renamed.get(k, k): getattr(self, k) for k in names}, "slm_format": FORMAT}
+
+    def window(self, layer):
+        """How far back a layer sees, in tokens; 0: all the way."""
+        slides = self.layer_types is None or self.layer_types[layer] == "sliding_attention"
+        return self.sliding_window if slides else 0
+
+    def frequencies(self):
+        """Rotary frequencies in radians per position, (rotary channels / 2,) float32, and the factor of cos and sin."""
+        r, channels = self.rope, int(self.head_dim * self.rope["partial_rotary_factor"])
+        f = r["rope_theta"] ** (-torch.arange(0, channels, 2, dtype=torch.float32, device="cpu") / channels)
+        if r["rope_type"] == "linear":
+            return f / r["factor"], 1.0
+        if r["rope_type"] == "llama3":                # slow turns are stretched, fast ones kept, those between blended
+            low, high = r["low_freq_factor"], r["high_freq_factor"]
+            turns = r["original_max_position_embeddings"] * f / (2 * math.pi)      # in the window of the first training
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            return f * (keep + (1 - keep) / r["factor"]), 1.0
+        if r["rope_type"] == "longrope":              # the short factors: self.max_position_embeddings ends where they do
+            factor = r.get("factor") or self.hub["max_position_embeddings"] / self.max_position_embeddings
+            scale = r.get("attention_factor") or (factor > 1 and math.sqrt(1 + math.log(factor) / math.log(self.max_position_embeddings)))
+            return f / torch.tensor(r["short_factor"], device="cpu"), float(scale or 1.0)
+        return f, 1.0
+
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_key_value_heads",
+         "head_dim", "max_position_embeddings")
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": functools.partial(F.gelu, approximate="tanh"),
+               "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu}
+
+
+@dataclasses.dataclass
+class Family:
+    """What a family of the Hub has of its own: names in config.json, switches of the block, names and layout of tensors."""
+    architecture: str
+    switches: callable                       # (config.json with our names) -> fields of Config
+    renamed: dict = dataclasses.field(default_factory=dict)         # our name of a field -> theirs
+    fixed: tuple = ()                        # fields its config.json has no name for
+    tensors: tuple = ()                      # (their module, our modules that are fused in it, stored transposed?)
+    prefixes: tuple = ()                     # (ours, theirs) of the remaining names
+
+
+def sliding(h):
+    """Qwen's: config.json has a window that is switched on apart, for the layers from max_window_layers on."""
+    if not h.get("use_sliding_window") or not h.get("sliding_window"):
+        return {}
+    types = ["sliding_attention" if i >= h.get("max_window_layers", 28) else "full_attention" for i in range(h["num_hidden_layers"])]
+    return dict(sliding_window=h["sliding_window"], layer_types=h.get("layer_types") or types)
+
+
+def phi3(h):
+    short = h.get("original_max_position_embeddings") or (h.get("rope_parameters") or {}).get("original_max_position_embeddings")
+    long = h.get("rope_scaling") or (h.get("rope_parameters") or {}).get("short_factor")
+    return dict(sliding_window=h.get("sliding_window", 0), **(dict(max_position_embeddings=short) if long else {}))
+
+
+def gpt2(h):
+    odd = [k for k, default in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)) if h.get(k, default) != default]
+    if odd:
+        raise UserError(f"GPT-2 with {odd[0]} = {h[odd[0]]} is not supported")
+    return dict(qkv_bias=True, o_bias=True, mlp_bias=True, gated=False, qk_norm=False, layer_norm=True, learned_positions=True,
+                hidden_act=h.get("hidden_act", "gelu_new"), tie_word_embeddings=h.get("tie_word_embeddings", True))
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+FAMILIES = {
+    "qwen3": Family("Qwen3ForCausalLM", lambda h: dict(qkv_bias=h.get("attention_bias", False), o_bias=h.get("attention_bias", False),
+                                                       head_dim=h.get("head_dim", 128), **sliding(h))),
+    "qwen2": Family("Qwen2ForCausalLM", lambda h: dict(qk_norm=False, qkv_bias=True, **sliding(h))),
+    "llama": Family("LlamaForCausalLM", lambda h: dict(qk_norm=False, qkv_bias=h.get("attention_bias", False),
+                                                       o_bias=h.get("attention_bias", False), mlp_bias=h.get("mlp_bias", False))),
+    "mistral": Family("MistralForCausalLM", lambda h: dict(qk_norm=False, sliding_window=h.get("sliding_window", 0))),
+    "phi3": Family("Phi3ForCausalLM", lambda h: dict(qk_norm=False, **phi3(h)), tensors=(
+        ("self_attn.qkv_proj", QKV, False), ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), False))),
+    "gpt2": Family("GPT2LMHeadModel", gpt2, renamed=dict(
+        hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head", max_position_embeddings="n_positions",
+        intermediate_size="n_inner", rms_norm_eps="layer_norm_epsilon", hidden_act="activation_function"),
+        fixed=("num_key_value_heads", "head_dim"), tensors=(
+        ("attn.c_attn", QKV, True), ("attn.c_proj", ("self_attn.o_proj",), True), ("mlp.c_fc", ("mlp.up_proj",), True),
+        ("mlp.c_proj", ("mlp.down_proj",), True)), prefixes=(
+        ("model.layers.", "transformer.h."), ("input_layernorm.", "ln_1."), ("post_attention_layernorm.", "ln_2."),
+        ("model.embed_tokens.", "transformer.wte."), ("model.embed_positions.", "transformer.wpe."), ("model.norm.", "transformer.ln_f."))),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer. Shapes: B rows, T positions, C hidden_size, H query heads, K key-value heads, D head_dim, V vocabulary
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich, 2019)."""
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def norm(config, size=None):
+    if config.layer_norm:
+        return nn.LayerNorm(size or config.hidden_size, config.rms_norm_eps)
+    return RMSNorm(size or config.hidden_size, config.rms_norm_eps)
+
+
+def rotate(x, cos, sin):
+    """Turns channel pairs (i, i + R/2) of x (B, T, heads, D) by their positions' angles; cos, sin: (B or 1, T, 1, R/2).
+
+    Only the first R channels turn (R < D: partial rotary), in the Hub's half-and-half order.
+    """
+    half = cos.shape[-1]
+    a, b = x[..., :half], x[..., half:2 * half]
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    return torch.cat(turned if 2 * half == x.shape[-1] else (*turned, x[..., 2 * half:]), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        c, self.layer, self.head_dim = config, layer, config.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_norm = norm(c, c.head_dim) if c.qk_norm else nn.Identity()
+        self.k_norm = norm(c, c.head_dim) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, rotary, mask, cache):
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))            # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))            # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)        # (B, H or K, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)                                # (B, K, all positions so far, D)
+        if T == 1 and mask is None:
+            # One query sees every key, so the H/K queries that share a key-value head can be the rows of one product.
+            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                               enable_gqa=q.shape[1] != k.shape[1])
+        y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
+        return self.o_proj(y)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2020), or for GPT-2 one layer without a gate."""
+    def __init__(self, config):
+        super().__init__()
+        c, self.act = config, ACTIVATIONS[config.hidden_act]
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias) if c.gated else None
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = norm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(0.0)                # train.py --dropout sets its rate; not part of the saved model
+
+    def forward(self, x, rotary, mask, cache):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Body(nn.Module):
+    """Embedding, blocks and final norm: ids (B, T) to hidden states (B, T, C)."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.learned_positions:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = norm(config)
+        # Plain attributes: buffers would be rounded by model.to(bfloat16), and tables of cos and sin cost memory.
+        self.frequencies, self.rotary_scale = config.frequencies()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.frequencies = self.frequencies.to(self.embed_tokens.weight.device)      # but it follows to another device
+        return self
+
+    def rotary(self, positions):
+        """cos and sin of the rotation angles of positions (B or 1, T): (B or 1, T, 1, R/2) each."""
+        angles = (positions[..., None].float() * self.frequencies)[:, :, None]
+        dtype = self.embed_tokens.weight.dtype
+        return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
+
+    def mask(self, T, start, window, segments):
+        """True where one of the last T of start + T positions may look, (T, start + T) or (B, 1, T, T); None: all before."""
+        if segments is None and (start == 0 or T == 1) and not (window and start + T > window):
+            return None
+        q = torch.arange(start, start + T, device=self.frequencies.device)[:, None]
+        k = torch.arange(start + T, device=self.frequencies.device)
+        mask = k <= q
+        if window:
+            mask &= k > q - window
+        if segments is not None:
+            mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+        return mask
+
+    def forward(self, ids, cache=None, segments=None, hidden=None):
+        T, start, c = ids.shape[1], cache.length if cache is not None else 0, self.config
+        if start + T > c.max_position_embeddings and (c.learned_positions or c.rope["rope_type"] == "longrope"):
+            raise UserError(f"{start + T} tokens are more than this model's window of {c.max_position_embeddings}")
+        positions = torch.arange(start, start + T, device=ids.device)[None]
+        if segments is not None:                      # packed examples: positions count from each one's first token
+            new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)                     # (B, T)
+            positions = positions - (positions * new).cummax(dim=1).values
+        x = self.embed_tokens(ids)                                               # (B, T, C)
+        if c.learned_positions:
+            x, rotary = x + self.embed_positions(positions), None
+        else:
+            rotary = self.rotary(positions)
+        masks = {w: self.mask(T, start, w, segments) for w in {c.window(i) for i in range(len(self.layers))}}
+        for i, layer in enumerate(self.layers):
+            if hidden is not None:
+                hidden.append(x)
+            x = layer(x, rotary, masks[c.window(i)], cache)
+        if hidden is not None:
+            hidden.append(x)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model: Qwen3's shape (Yang et al., 2025), or that of another family its config names."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Body(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.history = []                             # what made this model: written to config.json, oldest first
+        self.tie_weights()
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, ids, cache=None, segments=None, last_only=False, head=True, hidden=None):
+        """Logits (B, T, V) for ids (B, T); position t predicts token t + 1.
+
+        cache      KVCache holding the tokens before ids; it is extended by them
+        segments   (B, T) integers, equal within one example: attention and positions restart where they change
+        last_only  logits of the last position only: (B, 1, V)
+        head       False gives the final hidden states (B, T, C), for losses that never hold all the logits
+        hidden     a list; the residual stream before each layer and after the last, (B, T, C) each, is appended to it
+        """
+        x = self.model(ids, cache, segments, hidden)
+        if last_only:
+            x = x[:, -1:]
+        return self.lm_head(x) if head else x
+
+    @torch.no_grad()
+    def initialize(self, generator=None):
+        """Random weights: matrices normal with std 1/sqrt(fan in), so each keeps its input's scale; the projections that
+        write to the residual stream start at zero (each block is the identity at first); a small head (loss ln V)."""
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                p.zero_()
+            else:
+                embedding = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+                p.normal_(0.0, 0.02 if embedding else p.shape[1] ** -0.5, generator=generator)
+        return self
+
+    # --- counts ---
+
+    def parameters_count(self):
+        """All parameters, tied ones once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def matmul_parameters(self):
+        """Parameters that multiply each token: all matrices but the embedding table (a tied one works as the head)."""
+        return sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+
+    def resident_bytes(self):
+        """Bytes of the weights in memory, shared storage once."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                    for t in (*self.parameters(), *self.buffers())}
+        return sum(storages.values())
+
+    def flops_per_token(self, context):
+        """Multiplications and additions of one token's forward pass in a causal window of `context` tokens, averaged over
+        its positions. Training costs 3 x (Kaplan et al., 2020)."""
+        c = self.config
+        attention = c.num_hidden_layers * 2 * c.num_attention_heads * c.head_dim * (context + 1)   # qk and av, half full
+        return 2 * self.matmul_parameters() + attention
+
+
+class KVCache:
+    """Keys and values of the tokens read so far. One buffer per layer, (B, K, capacity, D), filled up to `length`."""
+    def __init__(self, config, batch, capacity, device=None, dtype=None):
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.length = 0
+
+    def update(self, layer, k, v):
+        """Writes k, v (B, K, T, D) behind what is there (Body moves `length` on) and returns all keys and values."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length:end] = k
+        self.values[layer][:, :, self.length:end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and writing model directories
+
+@contextlib.contextmanager
+def replacing(directory):
+    """Write a directory so that a kill at any moment leaves a whole one: fill the yielded DIR.new, then swap names.
+
+    `whole()` finds what is left after a kill. On an exception DIR is untouched and DIR.new is removed.
+    """
+    directory = Path(directory)
+    new, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
+    if is_whole(new) and not is_whole(directory):
+        new.rename(directory)                         # what a kill between two renames left: finish it first
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_whole(directory):
+    return (directory / "config.json").is_file()      # it is written last
+
+
+def whole(path):
+    """The directory that holds the model at `path`: itself, what an interrupted save left beside it, or a run's best/ or
+    last/ in it. Raises UserError if there is none."""
+    path = Path(path)
+    for base in (path, path / "best", path / "last"):
+        for candidate in (base, base.with_name(base.name + ".new"), base.with_name(base.name + ".old")):
+            if is_whole(candidate):
+                return candidate
+    raise UserError(f"there is no model in {path}: no config.json in it, nor in its best/ or last/" if path.exists()
+                    else f"there is no directory {path}")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from None
+
+
+def read_tensors(directory):
+    """All tensors of model.safetensors, or of the shards its index names, mapped from the files. Raises UserError."""
+    names = ["model.safetensors"]
+    if (directory / "model.safetensors.index.json").is_file() and not (directory / names[0]).is_file():
+        names = sorted(set(read_json(directory / "model.safetensors.index.json").get("weight_map", {}).values()))
+    tensors = {}
+    for name in names:
+        if not (directory / name).is_file():
+            pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
+            raise UserError(f"{directory} has no {name}" + (
+                f", only {pickled[0].name}, a pickle, which may run code and is not opened here: convert it with transformers' "
+                "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)" if pickled and name == "model.safetensors"
+                else ""))
+        try:
+            with safe_open(directory / name, framework="pt") as f:
+                tensors.update((key, f.get_tensor(key)) for key in f.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{directory / name} is truncated or not a safetensors file ({error})") from None
+    return tensors
+
+
+def to_ours(tensors, family, shapes):
+    """Tensors under the family's names to ours: fused ones are split by our `shapes`, transposed ones turned back."""
+    result = {}
+    for name, t in tensors.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
+            continue                                  # buffers that old checkpoints hold; not weights
+        if family.prefixes and not name.startswith(("transformer.", "lm_head.")):
+            name = "transformer." + name              # the first GPT-2 checkpoints leave it out
+        for ours, theirs in family.prefixes:
+            name = name.replace(theirs, ours)
+        module, _, kind = name.rpartition(".")        # kind: weight or bias
+        theirs, ours, transposed = next((f for f in family.tensors if module.endswith("." + f[0])), (module, (), False))
+        names = [module.removesuffix(theirs) + o + "." + kind for o in ours] or [name]
+        t = t.t().contiguous() if transposed and t.ndim == 2 else t
+        rows = [shapes[n][0] if n in shapes else 0 for n in names]
+        whole_one = len(names) == 1 or sum(rows) != len(t)          # a wrong sum is reported by name and shape later
+        result.update(zip(names, (t,) if whole_one else t.split(rows)))
+    return result
+
+
+def to_theirs(tensors, family):
+    """The inverse of to_ours."""
+    result = dict(tensors)
+    for theirs, ours, transposed in family.tensors:
+        for name in [n for n in result if n.rpartition(".")[0].endswith("." + ours[0])]:
+            module, _, kind = name.rpartition(".")
+            base = module.removesuffix(ours[0])
+            t = torch.cat([result.pop(base + o + "." + kind) for o in ours])
+            result[base + theirs + "." + kind] = t.t().contiguous() if transposed and t.ndim == 2 else t
+    for ours, theirs in family.prefixes:
+        result = {name.replace(ours, theirs): t for name, t in result.items()}
+    return result
+
+
+def load(path, device="cpu", dtype=None):
+    """The model in a directory (or a training run's best/), in eval mode.
+
+    Tensors are mapped from the file, not copied; dtype None keeps the stored one. Strict: a missing, extra or misshapen
+    tensor, a truncated file, an unknown family raise UserError.
+    """
+    directory = whole(path)
+    hub = read_json(directory / "config.json")
+    config = Config.from_hub(hub)
+    with torch.device("meta"):
+        model = Transformer(config)
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    tensors = to_ours(read_tensors(directory), FAMILIES[config.model_type], shapes)
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+        tensors.pop("lm_head.weight", None)
+    for problem, names in (("lacks", shapes.keys() - tensors.keys()), ("has an unknown", tensors.keys() - shapes.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"the model in {directory} {problem} tensor {min(names)}{more}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise UserError(f"{directory}: {name} is {tuple(tensors[name].shape)}, config.json says {tuple(shape)}")
+    model.load_state_dict(tensors, strict=False, assign=True)      # it was strict above, with one sentence for each case
+    model.tie_weights()
+    model.history = hub.get("history", [])
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def save(model, directory, tokenizer=None, extra=None):
+    """Writes a model directory, atomically. `extra(new_directory)` may add files (a training state).
+
+    Raises UserError if `directory` holds something that is not a model, which it would replace.
+    """
+    directory = Path(directory)
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").exists():
+        raise UserError(f"{directory} is there and holds something else than a model: give another directory")
+    config = model.config.to_hub()
+    if tokenizer is not None:
+        config.update(bos_token_id=None, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
+    config.update(history=model.history, dtype=str(model.lm_head.weight.dtype)[6:])
+    tensors = {name: t.detach().to("cpu").contiguous() for name, t in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    tensors = to_theirs(tensors, FAMILIES[model.config.model_type])
+    with replacing(directory) as new:
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(new, model_max_length=model.config.max_position_embeddings)
+            write_json(new / "generation_config.json", {"do_sample": True, "eos_token_id": sorted(tokenizer.eos_ids),
+                                                        "pad_token_id": tokenizer.eos_id})
+        (new / "README.md").write_text(card(model), encoding="utf-8")
+        if extra is not None:
+            extra(new)
+        for file in new.iterdir():                                 # on disk before config.json says that it is whole
+            sync(file)
+        write_json(new / "config.json", config)
+        sync(new / "config.json")
+
+
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sync(path):
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+
+
+def checkpoint_hash(path):
+    """sha256 of the weights (16 hex digits): how a child names its parent, wherever that lies."""
+    digest = hashlib.sha256()
+    for file in sorted(whole(path).glob("*.safetensors")):
+        with open(file, "rb") as f:
+            while block := f.read(2 ** 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def card(model):
+    """The model card (README.md of a model directory): what it is, what made it, what it is not for."""
+    c = model.config
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", "# A small language model", "",
+             f"{model.parameters_count():,} parameters: {c.num_hidden_layers} layers of width {c.hidden_size}, "
+             f"{c.num_attention_heads} heads, a vocabulary of {c.vocab_size}, a window of {c.max_position_embeddings} tokens.",
+             "", "## What made it", ""]
+    for entry in model.history:
+        lines.append("- " + "; ".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in entry.items()))
+    return "\n".join(lines + ["", "## What it is not for", "", NOT_FOR, ""])

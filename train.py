@@ -1,0 +1,667 @@
+"""Trains a model on next-token prediction: from scratch, or further from a model directory.
+
+    python train.py                                            # Python's own standard library; result in out/
+    python train.py --data NAME_OR_DIR --out DIR               # data prepared by data/prepare.py
+    python train.py --out DIR --resume                         # go on where it stopped, bit for bit
+    python train.py --data NAME_OR_DIR --init-from DIR --out DIR2      # fine-tune
+    torchrun --nproc_per_node 8 train.py --batch-size 64       # several processes share each batch
+
+A run's directory holds two models, best/ (lowest validation loss) and last/ (with what --resume needs), log.jsonl (one
+line a step) and loss.png. fit() below is the only optimizer loop of this project; distill.py and compress.py call it.
+"""
+import argparse, collections, contextlib, dataclasses, inspect, itertools, json, math, os, re, shutil, signal, statistics
+import sys, time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import sample
+from data import Parser, UserError, run
+from data.loader import IGNORE, Batch, Windows
+from data.prepare import find, prepare
+from data.tokenizer import Tokenizer
+from model import Config, Transformer, checkpoint_hash, load, read_json, save, whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config: each field is a flag, each comment its help
+
+@dataclasses.dataclass
+class TrainConfig:
+    # what is read and written
+    data: str = "stdlib"            # prepared data: a name under data/, or a directory
+    out: str = "out"                # the run's directory: best/, last/, log.jsonl, loss.png
+    resume: bool = False            # go on from OUT/last with its settings
+    init_from: str = ""             # start from this model directory instead of random weights (fine-tuning)
+    overwrite: bool = False         # replace the run that is in OUT
+    # the model (with --init-from: that model's)
+    layers: int = 4                 # transformer blocks
+    width: int = 160                # channels of the residual stream
+    heads: int = 2                  # query heads
+    kv_heads: int = 0               # key-value heads; 0: as many as heads
+    head_dim: int = 0               # channels of a head; 0: width / heads
+    ffn: int = 0                    # neurons of an MLP; 0: 3 x width
+    tie: bool = False               # one table for embedding and output head
+    vocab_size: int = 4096          # of the tokenizer, when `stdlib` is prepared on the way
+    context: int = 256              # window in tokens
+    # optimization
+    minutes: float = 5.0            # time budget, evaluation included: turned into steps once, after a few timed steps
+    steps: int = 0                  # number of steps; 0: from the time budget
+    batch_size: int = 8             # windows a step, over all processes
+    micro_batch: int = 0            # windows a process holds at once; 0: its whole share, more are accumulated
+    optimizer: str = "muon"         # muon (matrices by Muon, the rest by AdamW) or adamw (all)
+    lr: float = 0.004               # peak learning rate of AdamW
+    matrix_lr: float = 0.02         # peak learning rate of Muon
+    weight_decay: float = 0.0       # of matrices, decoupled
+    beta1: float = 0.9              # AdamW's first decay
+    beta2: float = 0.95             # AdamW's second decay
+    momentum: float = 0.95          # Muon's
+    schedule: str = "wsd"           # wsd: constant, then linear to zero; cosine: half a cosine to zero
+    warmup: int = 20                # steps of linear warm-up
+    decay: float = 0.7              # share of the run in which wsd falls
+    clip: float = 1.0               # largest norm of all gradients; 0: off
+    dropout: float = 0.0            # of what each block adds
+    seed: int = 0                   # of weights, order and dropout
+    # evaluation and saving
+    evals: int = 5                  # evaluations a run, the last at its end
+    eval_tokens: int = 131072       # at most so many validation tokens each, spread over the split; 0: all
+    save_seconds: float = 60.0      # time between saves of last/
+    # the machine
+    device: str = "auto"            # auto, cuda, mps or cpu
+    dtype: str = "auto"             # auto, float32, bfloat16 or float16 (of the products; weights stay float32)
+    compile: bool = False           # torch.compile: faster on a GPU, needs a C++ compiler and a minute or two
+    wandb: str = ""                 # log to this Weights & Biases project (WANDB_MODE=offline works)
+    smoke: bool = False             # a tiny model on a slice of the data for a few steps: does it run?
+
+
+SMOKE = dict(steps=6, layers=2, width=32, heads=2, context=64, batch_size=4, evals=2, eval_tokens=2048, warmup=2)
+
+
+def parse(config_class, description, argv=None):
+    """(config, names of the flags that were given) from the command line. Raises UserError for a wrong flag."""
+    parser = Parser(description)
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", "".join(inspect.getsource(c) for c in
+                                                                  reversed(config_class.__mro__[:-1])), re.M))
+    for f in dataclasses.fields(config_class):
+        flag, help = "--" + f.name.replace("_", "-"), comments[f.name].replace("%", "%%") + f" (default: {f.default!r})"
+        if f.type in (bool, "bool"):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+        else:
+            parser.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, help=help)
+    given = vars(parser.parse_args(argv))
+    smoke = SMOKE if given.get("smoke") else {}
+    return config_class(**{**smoke, **given}), set(given) | set(smoke)
+
+
+def check(cfg):
+    """Raises UserError naming every setting that cannot be."""
+    wrong = [f"--{name.replace('_', '-')} must be one of {', '.join(options)}" for name, options in (
+        ("optimizer", ("muon", "adamw")), ("schedule", ("wsd", "cosine")), ("dtype", tuple(DTYPES)))
+        if getattr(cfg, name) not in options]
+    wrong += [f"--{name.replace('_', '-')} must be at least {least}" for name, least in (
+        ("layers", 1), ("width", 1), ("heads", 1), ("context", 1), ("batch_size", 1), ("steps", 0), ("evals", 1), ("micro_batch", 0),
+        ("warmup", 0), ("lr", 0), ("matrix_lr", 0), ("clip", 0), ("eval_tokens", 0)) if getattr(cfg, name) < least]
+    wrong += [f"--{name} must be between 0 and 1" for name in ("decay", "dropout") if not 0 <= getattr(cfg, name) <= 1]
+    if cfg.steps == 0 and not cfg.minutes > 0:
+        wrong.append("--steps or --minutes must be above 0")
+    if not cfg.init_from and cfg.head_dim == 0 and cfg.width % cfg.heads:
+        wrong.append(f"--width ({cfg.width}) does not divide by --heads ({cfg.heads})")
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Machine = collections.namedtuple("Machine", "device dtype rank size matmul_rate")
+
+
+def matmul_rate(device, dtype, size=1024, seconds=0.2):
+    """Multiplications and additions a second of a square product on this device: the median of what fits the time."""
+    a, times = torch.randn(size, size, device=device).to(dtype), []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size ** 3 / statistics.median(times)
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def set_up(cfg):
+    """Joins the processes torchrun started, picks device and dtype, measures the matmul rate, and says so."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = sample.pick_device(cfg.device)
+    if size > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rate, why = matmul_rate(device, torch.float32), "as asked"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        rate = matmul_rate(device, torch.float32)
+    dtype = DTYPES[cfg.dtype]
+    if dtype is None and device.type == "cuda":
+        # Not torch.cuda.is_bf16_supported(): it counts emulation, and Turing and Volta are slow at it.
+        dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        why = f"this GPU has {'' if dtype == torch.bfloat16 else 'no '}bfloat16 units"
+    elif dtype is None and device.type == "cpu":
+        ratio = matmul_rate(device, torch.bfloat16, 256) / matmul_rate(device, torch.float32, 256)
+        dtype, why = (torch.bfloat16 if ratio > 1.3 else torch.float32), f"bfloat16 multiplies at {ratio:.2f} x its rate here"
+    elif dtype is None:
+        dtype, why = torch.float32, "the safe choice on mps, which is experimental here"
+    rate = rate if dtype == torch.float32 else matmul_rate(device, dtype)
+    machine = Machine(device, dtype, rank, size, rate)
+    say(machine, f"device {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "") +
+        (f", {size} processes" if size > 1 else "") + f"; {str(dtype)[6:]} ({why}); "
+        f"products at {rate / 1e9:,.0f} GFLOP/s")
+    return machine
+
+
+def say(machine, text):
+    if machine.rank == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def all_sum(machine, tensor):
+    """The sum of a tensor over all processes."""
+    if machine.size > 1:
+        tensor = tensor.to(machine.device)
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross_entropy(x @ weight.T, targets) that never holds all the logits: rows of x are taken in chunks, and each
+    chunk's gradient is made at once, while its probabilities are still in the cache (Wijmans et al., 2024).
+
+    x (N, C), weight (V, C), targets (N,) with IGNORE where nothing is learned.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        loss, rows = torch.zeros((), device=x.device), max(1, (2 ** 21 if x.device.type == "cpu" else 2 ** 26) // len(weight))
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        weight_t = weight.to(x.dtype)
+        for i in range(0, len(x), rows):
+            h, t = x[i:i + rows], targets[i:i + rows, None]
+            keep, t = (t != IGNORE).float(), t.clamp(min=0)
+            logits = (h @ weight_t.T).float()                                        # (rows, V)
+            top, right = logits.amax(1, keepdim=True), logits.gather(1, t)
+            probs = logits.softmax(1)
+            log_sum = top - probs.amax(1, keepdim=True).log()                        # log(sum(exp(logits))), never log(0)
+            loss += ((log_sum - right) * keep).sum()
+            probs.scatter_add_(1, t, torch.full_like(keep, -1.0))                    # d loss / d logits = p - one-hot
+            grad = probs.to(x.dtype) if keep.all() else (probs * keep).to(x.dtype)
+            grad_x[i:i + rows] = grad @ weight_t
+            grad_weight += grad.T @ h
+        ctx.save_for_backward(grad_x, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad.to(grad_x.dtype), grad_weight * grad, None
+
+
+def cross_entropy(model, batch):
+    """The loss of training: (sum of -log p over the targets in nats, number of targets, nothing more to log)."""
+    x = model(batch.ids, segments=batch.segments, head=False).flatten(0, 1)          # (B * T, C)
+    loss = LinearCrossEntropy.apply(x, model.lm_head.weight, batch.targets.flatten())
+    return loss, (batch.targets != IGNORE).sum(), {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers and schedule
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalized: all its singular values become about 1 (Jordan et al., 2024).
+
+    Matrices of one shape are orthogonalized as one batch, and in float32 on a CPU, where bfloat16 is slower.
+    """
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = collections.defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes[p.shape].append(p)
+            for (rows, columns), params in shapes.items():
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                momenta, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                updates = torch._foreach_lerp(grads, momenta, group["momentum"])                 # Nesterov
+                updates = orthogonalize(torch.stack(updates))                                    # (n, rows, columns)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(updates.to(params[0].dtype)),
+                                    alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def orthogonalize(x, steps=5):
+    """About U V^T of each x = U S V^T, x (n, rows, columns), by Newton-Schulz iterations (coefficients of Jordan, 2024)."""
+    x = x.bfloat16() if x.is_cuda else x.float()
+    transposed = x.shape[1] > x.shape[2]
+    if transposed:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if transposed else x
+
+
+def make_optimizers(model, loss_fn, cfg):
+    """Muon for the matrices inside the blocks and AdamW for the rest, or AdamW for all."""
+    matrices, tables, vectors = [], [], []
+    for name, p in itertools.chain(model.named_parameters(), loss_fn.named_parameters() if isinstance(loss_fn, nn.Module) else ()):
+        if p.requires_grad:
+            (vectors if p.ndim < 2 else matrices if ".layers." in name else tables).append(p)
+    groups = [dict(params=tables, lr=cfg.lr, weight_decay=0.0), dict(params=vectors, lr=cfg.lr, weight_decay=0.0)]
+    if cfg.optimizer == "adamw":
+        groups.append(dict(params=matrices, lr=cfg.lr, weight_decay=cfg.weight_decay))
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), eps=1e-10, fused=True)]
+    if cfg.optimizer == "muon" and matrices:
+        optimizers.append(Muon(matrices, cfg.matrix_lr, cfg.momentum, cfg.weight_decay))
+    for o in optimizers:
+        for g in o.param_groups:
+            g["peak"] = g["lr"]
+    return optimizers
+
+
+def lr_at(step, total, cfg):
+    """The share of the peak learning rate at a step of a run of `total` steps."""
+    warm = min(1.0, (step + 1) / (cfg.warmup + 1))
+    left = 1.0 - step / total
+    if cfg.schedule == "cosine":
+        return min(warm, 0.5 * (1 + math.cos(math.pi * (1 - left))))
+    return min(warm, left / cfg.decay if cfg.decay > 0 else 1.0)                # wsd
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+TIMED = range(3, 13)                                    # the steps a time budget is measured on; the first are slower
+
+
+class Step(nn.Module):
+    """One forward pass as a module, so that DistributedDataParallel sees the loss's own parameters too."""
+    def __init__(self, model, loss_fn):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, batch):
+        return self.loss_fn(self.model, batch)
+
+
+def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, eval_cost=0.0, after_step=None):
+    """Trains `model` in place and keeps cfg.out; returns the figures of the last evaluation.
+
+    batches(first, count)    rows first ... first + count - 1 of the training stream, as a Batch
+    loss_fn(model, batch)    (loss summed over supervised tokens, their number, dict of metrics to log). It may be an
+                             nn.Module: its parameters are trained too, and kept in training_state.pt
+    evaluate(model)          dict with "loss", by which best/ is chosen
+    entry                    dict, the history entry of this run: figures are added, and it is saved with the model
+    eval_cost                cost of one evaluation in training steps, to plan a time budget
+    after_step(model)        called after each optimizer step (pruning masks are applied again there)
+
+    Random state is a function of (seed, step) alone, so a resumed run is the uninterrupted one, bit for bit.
+    Raises UserError when the loss or the gradient stops being finite; last/ is then the last good state.
+    """
+    out, device = Path(cfg.out), machine.device
+    scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
+    autocast = torch.autocast(device.type, machine.dtype, enabled=machine.dtype != torch.float32)
+    optimizers = make_optimizers(model, loss_fn, cfg)
+    parents, entry = list(model.history), dict(entry)
+    step, total, seconds, tokens_seen, best = 0, cfg.steps, 0.0, 0, math.inf
+    if cfg.resume:
+        state = read_state(out)
+        step, total, seconds = state["step"], cfg.steps or state["total"], state["seconds"]
+        tokens_seen, best = state["tokens"], state["best"]
+        for o, s in zip(optimizers, state["optimizers"]):
+            peaks = [g["peak"] for g in o.param_groups]
+            o.load_state_dict(s)
+            for g, peak in zip(o.param_groups, peaks):                       # a rate given with --resume holds
+                g["peak"] = peak
+        scaler.load_state_dict(state["scaler"])
+        if isinstance(loss_fn, nn.Module):
+            loss_fn.load_state_dict(state["loss"])
+        parents = parents[:-1]                                               # the last entry is this run's own
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = cfg.dropout
+    forward = Step(model, loss_fn)
+    if cfg.compile:
+        model.compile()                                                      # in place: no prefix in the state dict
+    if machine.size > 1:
+        forward = nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+    share = cfg.batch_size // machine.size
+    micro = min(cfg.micro_batch or share, share)
+    unit = cfg.batch_size * cfg.context / machine.size                       # keeps float16 gradients in range
+    log = Log(out / "log.jsonl", step, machine, cfg)
+    wanted = Interrupt()
+
+    def state_of():
+        return dict(step=step, total=total, seconds=seconds, tokens=tokens_seen, best=best, scaler=scaler.state_dict(),
+                    optimizers=[o.state_dict() for o in optimizers], config=dataclasses.asdict(cfg),
+                    loss=loss_fn.state_dict() if isinstance(loss_fn, nn.Module) else {})
+
+    def keep(name, **figures):
+        model.history = parents + [{**entry, "steps": step, "tokens": tokens_seen, "seconds": round(seconds, 1), **figures}]
+        if machine.rank == 0:
+            save(model, out / name, tokenizer,
+                 (lambda new: torch.save(state_of(), new / "training_state.pt")) if name == "last" else None)
+
+    model.train()
+    figures, durations, saved = {}, [], time.perf_counter()
+    bar = tqdm(total=total or None, initial=step, desc="training", unit="step", disable=None if machine.rank == 0 else True,
+               dynamic_ncols=True)
+    while not total or step < total:
+        start = time.perf_counter()
+        factor = lr_at(step, total or 10 ** 9, cfg)
+        for o in optimizers:
+            for g in o.param_groups:
+                g["lr"] = g["peak"] * factor
+        torch.manual_seed((cfg.seed * 10 ** 9 + step) * 10 ** 4 + machine.rank)        # dropout
+        sums = torch.zeros(2, dtype=torch.float64)                           # loss, supervised tokens
+        metrics = collections.defaultdict(float)
+        first = step * cfg.batch_size + machine.rank * share
+        for row in range(first, first + share, micro):
+            batch = batches(row, min(micro, first + share - row))
+            batch = Batch(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
+            last = row + micro >= first + share
+            with autocast, contextlib.nullcontext() if last or machine.size == 1 else forward.no_sync():
+                loss, count, extra = forward(batch)
+                scaler.scale(loss / unit).backward()
+            sums += torch.stack((loss.detach().double(), torch.as_tensor(count).double())).cpu()
+            for k, v in extra.items():
+                metrics[k] += float(v)
+        loss, count = all_sum(machine, sums).tolist()
+        params = [p for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
+        for o in optimizers:
+            scaler.unscale_(o)
+        if count != cfg.batch_size * cfg.context:                            # masked prompts, padding
+            torch._foreach_mul_([p.grad for p in params], cfg.batch_size * cfg.context / max(count, 1))
+        norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf).item()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            bar.close()
+            raise UserError(f"the {'loss' if not math.isfinite(loss) else 'gradient'} is not finite at step {step + 1}; "
+                            f"the last good checkpoint is {out / 'last'}: lower --lr and --matrix-lr, or use --dtype float32")
+        for o in optimizers:
+            scaler.step(o)
+            o.zero_grad(set_to_none=True)
+        scaler.update()
+        if after_step is not None:
+            after_step(model)
+        synchronize(device)
+        step, tokens_seen, taken = step + 1, tokens_seen + int(count), time.perf_counter() - start
+        seconds += taken
+        if not total:
+            durations.append(taken)
+            if step > TIMED[-1]:
+                total = plan(statistics.median(durations[TIMED[0]:]), eval_cost, cfg, machine)
+                bar.total = total
+                bar.refresh()
+        loss /= max(count, 1)
+        rate = count / taken
+        log.write(step=step, loss=loss, lr=factor, grad_norm=norm, tokens=tokens_seen, seconds=round(seconds, 3),
+                  tokens_per_second=round(rate), **{k: v / max(count, 1) for k, v in metrics.items()})
+        bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        bar.update()
+        stop = bool(all_sum(machine, torch.tensor(float(wanted.stop))))
+        if total and (step == total or step * cfg.evals // total > (step - 1) * cfg.evals // total):
+            start = time.perf_counter()
+            figures = evaluate(model)
+            seconds += time.perf_counter() - start
+            log.write(step=step, seconds=round(seconds, 3), **{"val_" + k: v for k, v in figures.items()})
+            flops = 3 * model.flops_per_token(cfg.context)
+            share_of_rate = flops * tokens_seen / seconds / machine.matmul_rate / machine.size
+            say(machine, f"step {step} of {total}, {seconds:.0f} s: validation loss {figures['loss']:.4f}, perplexity "
+                f"{figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits per byte; training at {rate:,.0f} tokens/s, "
+                f"{share_of_rate:.0%} of the measured matmul rate")
+            if figures["loss"] < best:
+                best = figures["loss"]
+                keep("best", **{"val_" + k: v for k, v in figures.items()})
+            keep("last", **{"val_" + k: v for k, v in figures.items()})
+            saved = time.perf_counter()
+        elif stop or machine.rank == 0 and time.perf_counter() - saved > cfg.save_seconds:
+            keep("last")
+            saved = time.perf_counter()
+        if stop and step != total:
+            bar.close()
+            log.close()
+            say(machine, f"stopped at step {step}; {out / 'last'} holds everything. Go on with: "
+                f"python {Path(sys.argv[0]).name} --out {cfg.out} --resume")
+            raise KeyboardInterrupt
+    bar.close()
+    log.close()
+    wanted.restore()
+    return figures
+
+
+def plan(step_seconds, eval_cost, cfg, machine):
+    """Steps that fit the time budget; the same number on every process."""
+    steps = max(TIMED[-1] + 1, int(60 * cfg.minutes / step_seconds - cfg.evals * eval_cost))
+    if machine.size > 1:
+        shared = torch.tensor(steps, device=machine.device)
+        dist.broadcast(shared, 0)
+        steps = int(shared)
+    say(machine, f"{cfg.minutes:g} minutes are {steps:,} steps of {1000 * step_seconds:.0f} ms")
+    return steps
+
+
+class Interrupt:
+    """Turns the first Ctrl-C (or a cluster's SIGTERM) into a wish to stop after the step; the second one stops at once."""
+    def __init__(self):
+        self.stop, self.before = False, {}
+        for s in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):                            # not in the main thread: leave it alone
+                self.before[s] = signal.signal(s, self.on_signal)
+
+    def on_signal(self, *_):
+        self.stop = True
+        self.restore()
+
+    def restore(self):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+class Log:
+    """log.jsonl and, if asked for, Weights & Biases. On resume it is cut back to the step that goes on."""
+    def __init__(self, path, step, machine, cfg):
+        self.file = self.wandb = None
+        if machine.rank:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = [line for line in read_log(path) if line["step"] <= step] if step else []
+        self.file = open(path, "w", encoding="utf-8")
+        for line in before:
+            self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if cfg.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb needs the wandb package: pip install wandb, or leave the flag out") from None
+            self.wandb = wandb.init(project=cfg.wandb, name=path.parent.name, config=dataclasses.asdict(cfg), resume="allow")
+
+    def write(self, **line):
+        if self.file:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_log(path):
+    """The lines of log.jsonl; a last one that a kill cut short is left out."""
+    lines = []
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def read_state(out):
+    """training_state.pt of OUT/last. Raises UserError if it is not there or not whole."""
+    file = whole(Path(out) / "last") / "training_state.pt"
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{file.parent} has no training_state.pt: it can start a new run (--init-from {file.parent}) but "
+                        "not be resumed") from None
+    except Exception as error:
+        raise UserError(f"{file} cannot be read ({type(error).__name__}): start a new run with --init-from "
+                        f"{file.parent}") from None
+
+
+def picture(out):
+    """Draws loss.png from log.jsonl."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("loss.png is skipped: matplotlib is not installed")
+        return
+    lines = read_log(out / "log.jsonl")
+    train = [(l["tokens"], l["loss"]) for l in lines if "loss" in l]
+    val = [(next(t["tokens"] for t in lines if t["step"] == l["step"] and "loss" in t), l["val_loss"]) for l in lines if "val_loss" in l]
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    ax.plot(*zip(*train), color="0.75", linewidth=0.8, label="training batch")
+    ax.plot(*zip(*val), "o-", color="tab:blue", label="validation")
+    ax.set(xlabel="tokens learned", ylabel="loss (nats per token)", title=f"{out.name}: validation loss {val[-1][1]:.3f}")
+    ax.set_ylim(min(min(l for _, l in train), min(l for _, l in val)) - 0.1, None)
+    ax.legend()
+    ax.grid(alpha=0.3)
+    fig.savefig(out / "loss.png", dpi=120)
+    plt.close(fig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+def open_data(cfg, split, directory):
+    return Windows(directory, split, cfg.context)
+
+
+def open_model(cfg, tokenizer, machine):
+    """The model to train: a run's last, a directory to start from, or a new one with random weights."""
+    if cfg.resume or cfg.init_from:
+        path = whole(Path(cfg.out) / "last") if cfg.resume else whole(cfg.init_from)
+        model = load(path)
+        if Tokenizer.load(path).hash != tokenizer.hash:
+            raise UserError(f"the model in {path} has another tokenizer than the data: prepare the data with "
+                            f"data/prepare.py --tokenizer {path}")
+        for p in model.parameters():
+            p.data = p.data.float().clone()              # not the mapped file: it is about to be replaced
+        if cfg.context > model.config.max_position_embeddings:
+            raise UserError(f"--context {cfg.context} is more than this model's window of {model.config.max_position_embeddings}")
+    else:
+        heads = cfg.heads
+        model = Transformer(Config(
+            vocab_size=tokenizer.vocab_size, hidden_size=cfg.width, intermediate_size=cfg.ffn or 3 * cfg.width,
+            num_hidden_layers=cfg.layers, num_attention_heads=heads, num_key_value_heads=cfg.kv_heads or heads,
+            head_dim=cfg.head_dim or cfg.width // heads, max_position_embeddings=cfg.context, tie_word_embeddings=cfg.tie))
+        model.initialize(torch.Generator().manual_seed(cfg.seed))
+    return model.to(machine.device)
+
+
+def resumed(cfg, given):
+    """The config of the run in cfg.out, with the flags that were given. Raises UserError if they change the model."""
+    stored = read_state(cfg.out)["config"]
+    fixed = ("data", "init_from", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "tie", "vocab_size", "context")
+    for name in fixed:
+        if name in given and getattr(cfg, name) != stored[name]:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but the run in {cfg.out} has {stored[name]}: "
+                            "leave the flag out, or give another --out")
+    return type(cfg)(**{**stored, **{name: getattr(cfg, name) for name in given}, "out": cfg.out, "resume": True})
+
+
+def main(argv=None):
+    cfg, given = parse(TrainConfig, __doc__, argv)
+    out = Path(cfg.out)
+    held = any((out / d / "config.json").exists() for d in ("best", "last", "last.new", "last.old", ""))
+    if cfg.resume and held:
+        cfg = resumed(cfg, given)
+    elif cfg.resume:
+        cfg.resume = False
+        print(f"nothing is saved in {out} yet: starting from the beginning")
+    elif held and not cfg.overwrite:
+        raise UserError(f"{out} holds a model already: go on with --resume, replace it with --overwrite, or give another --out")
+    check(cfg)
+    machine = set_up(cfg)
+    if cfg.batch_size % machine.size:
+        raise UserError(f"--batch-size {cfg.batch_size} does not divide by the {machine.size} processes")
+    directory = find(cfg.data, cfg.smoke) or prepare(cfg.data, vocab_size=cfg.vocab_size, smoke=cfg.smoke)
+    tokenizer = Tokenizer.load(directory)
+    train, val = open_data(cfg, "train", directory), open_data(cfg, "val", directory)
+    meta = train.meta
+    model = open_model(cfg, tokenizer, machine)
+    if cfg.overwrite and not cfg.resume and machine.rank == 0:
+        for d in ("best", "last"):
+            shutil.rmtree(out / d, ignore_errors=True)
+    c = model.config
+    say(machine, f"data {meta['name']}: {meta['splits']['train']['tokens']:,} training tokens of "
+        f"{meta['splits']['train']['bytes'] / max(1, meta['splits']['train']['tokens']):.2f} bytes, vocabulary {meta['vocab_size']:,}")
+    say(machine, f"model: {model.parameters_count():,} parameters, {c.num_hidden_layers} layers of width {c.hidden_size}, "
+        f"{c.num_attention_heads} heads, MLP {c.intermediate_size}, window {c.max_position_embeddings}")
+    tokens_per_step = cfg.batch_size * cfg.context
+    eval_tokens = min(cfg.eval_tokens or math.inf, meta["splits"]["val"]["tokens"])
+    say(machine, f"{tokens_per_step:,} tokens a step; each of {cfg.evals} evaluations reads {eval_tokens:,} of "
+        f"{meta['splits']['val']['tokens']:,} validation tokens")
+    autocast = torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
+
+    def evaluate(model):
+        batches = val.evaluation_batches(max(1, 8192 // cfg.context), cfg.eval_tokens)
+        with autocast:
+            sums = sample.score(model, itertools.islice(batches, machine.rank, None, machine.size), tokenizer.token_bytes())
+        return sample.figures(*all_sum(machine, sums))
+
+    entry = {"step": "train", "data": meta["name"], "data_sha256": meta["sha256"], "tokenizer": tokenizer.hash[:16],
+             "seed": cfg.seed, "batch_size": cfg.batch_size, "context": cfg.context}
+    if cfg.init_from:
+        entry["parent"] = {"name": whole(cfg.init_from).name, "sha256": checkpoint_hash(cfg.init_from)}
+    fit(model, lambda first, count: train.training_rows(cfg.seed, first, count), cross_entropy, cfg, machine,
+        evaluate=evaluate, tokenizer=tokenizer, entry=entry, eval_cost=eval_tokens / tokens_per_step / 3)
+    if machine.rank == 0:
+        picture(out)
+        model, prompt = load(out, machine.device), {"stdlib": "def "}.get(meta["name"].split("-")[0], "")
+        print(f"\nA sample of {whole(out)}:\n\n{prompt}", end="")
+        stream = sample.continuations(model, tokenizer, prompt, seed=cfg.seed, max_new_tokens=20 if cfg.smoke else 200,
+                                      temperature=0.8, top_p=0.95)
+        for text in sample.pieces(tokenizer, (int(i) for i in stream), tokenizer.eos_ids):
+            print(text, end="", flush=True)
+        print(f"\n\nMore: python sample.py {cfg.out} --prompt \"{prompt}\"")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
