@@ -10,7 +10,7 @@ directory opens here without renaming:
 
 Nothing here trains, samples or measures: see train.py and sample.py.
 """
-import contextlib, dataclasses, functools, hashlib, json, math, os, shutil
+import contextlib, dataclasses, errno, functools, hashlib, json, math, os, shutil
 from pathlib import Path
 
 import torch
@@ -19,22 +19,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data.tokenizer import UserError
+from data import UserError
 
 FORMAT = 1                                  # of what we add to config.json; a newer one is refused by name
-NOT_FOR = """Text it writes may be wrong, biased, or copied from its training data. It is not for decisions about people,
-medical, legal or financial advice, or any use where a mistake does harm, without a person checking each answer."""
+NOT_FOR = """Text it writes may be wrong, biased, or copied from its training data. It is not for decisions about
+people, for medical, legal or financial advice, or for anything where a mistake does harm unless a person checks it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+         "num_key_value_heads", "head_dim", "max_position_embeddings")
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+GELU_TANH = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
+
+
 @dataclasses.dataclass
 class Config:
-    """Shapes and switches of a decoder-only transformer, in the Hub's names. The defaults are Qwen3's format.
-
-    What the Hub's families differ in is a switch here, set by from_hub(); one block carries them all.
-    """
+    """Shapes and switches of a decoder-only transformer, in the Hub's names. The defaults are Qwen3's format."""
     model_type: str = "qwen3"
     vocab_size: int = 4096                  # rows of the embedding; ids beyond the tokenizer's are padding
     hidden_size: int = 256                  # width of the residual stream
@@ -47,10 +51,10 @@ class Config:
     tie_word_embeddings: bool = False
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
-    rope: dict = dataclasses.field(default_factory=lambda: dict(ROPE))         # rotary positions, as rope_parameters has them
+    rope: dict = dataclasses.field(default_factory=lambda: dict(ROPE))    # rotary positions: the Hub's rope_parameters
     sliding_window: int = 0                 # how far back sliding layers see, in tokens; 0: all the way
     layer_types: list = None                # which layers slide, by name; None: all of them
-    # What the families differ in; from_hub() sets it.
+    # What the Hub's families differ in: one block carries them all.
     qk_norm: bool = True                    # RMSNorm on each head's query and key (Henry et al., 2020)
     qkv_bias: bool = False
     o_bias: bool = False
@@ -58,7 +62,7 @@ class Config:
     gated: bool = True                      # gate and up, or up alone
     layer_norm: bool = False                # LayerNorm with bias instead of RMSNorm
     learned_positions: bool = False         # a table added to the embedding instead of rotary positions
-    hub: dict = dataclasses.field(default_factory=dict, repr=False)     # config.json as it was read
+    hub: dict = dataclasses.field(default_factory=dict, repr=False)         # config.json as it was read
 
     def __post_init__(self):
         for name in SIZES:
@@ -69,47 +73,10 @@ class Config:
                             f"num_key_value_heads ({self.num_key_value_heads})")
         if int(self.head_dim * self.rope["partial_rotary_factor"]) % 2:
             raise UserError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of channels")
-        if self.hidden_act not in ACTIVATIONS:
-            raise UserError(f"hidden_act {self.hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-        if self.rope["rope_type"] not in ("default", "linear", "llama3", "longrope"):
-            raise UserError(f"rope_type {self.rope['rope_type']!r} is not supported; supported: default, linear, llama3, longrope")
-
-    @classmethod
-    def from_hub(cls, hub):
-        """The config of a parsed config.json. Raises UserError for a family or a setting this code does not have."""
-        if hub.get("slm_format", FORMAT) > FORMAT:
-            raise UserError(f"this model was written by a newer version (format {hub['slm_format']}, known: {FORMAT}); "
-                            "update this code")
-        name = hub.get("model_type")
-        if "auto_map" in hub and name != "phi3":          # Phi-3's directories carry a copy of what transformers has
-            raise UserError("this model brings code of its own (auto_map in config.json), which is never run here; "
-                            f"supported: {', '.join(FAMILIES)}")
-        if name not in FAMILIES:
-            raise UserError(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
-        family = FAMILIES[name]
-        ours = {theirs: k for k, theirs in family.renamed.items()}
-        found = {ours.get(k, k): v for k, v in hub.items() if v is not None}
-        missing = [k for k in SIZES[:4] if k not in found]
-        if missing:
-            raise UserError(f"config.json lacks {', '.join(family.renamed.get(k, k) for k in missing)}")
-        rope = {**(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}    # transformers 4 and 5
-        rope = {"rope_theta": found.get("rope_theta", 10000.0), "partial_rotary_factor": found.get("partial_rotary_factor", 1.0),
-                "rope_type": rope.get("type", "default"), **rope}
-        rope["rope_type"] = {"su": "longrope"}.get(rope["rope_type"], rope["rope_type"])
-        return cls(**{"num_key_value_heads": found["num_attention_heads"],
-                      "head_dim": found["hidden_size"] // found["num_attention_heads"], "intermediate_size": 4 * found["hidden_size"],
-                      **{k: found[k] for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act") if k in found},
-                      **family.switches(found)}, model_type=name, rope=rope, hub=hub)
-
-    def to_hub(self):
-        """config.json as a dict: what was read, with today's shapes."""
-        family = FAMILIES[self.model_type]
-        longrope = ("max_position_embeddings",) if self.rope["rope_type"] == "longrope" else ()      # ours is where short ends
-        names = [k for k in (*SIZES, "tie_word_embeddings", "rms_norm_eps", "hidden_act") if k not in family.fixed + longrope]
-        new = dict(rope_parameters=self.rope, rope_theta=self.rope["rope_theta"], attention_bias=False, use_cache=True)
-        kept = {k: v for k, v in self.hub.items() if k not in ("auto_map", "torch_dtype")} or new
-        return {"architectures": [family.architecture], "model_type": self.model_type, **kept,
-                **{family.renamed.get(k, k): getattr(self, k) for k in names}, "slm_format": FORMAT}
+        for name, value, known in (("hidden_act", self.hidden_act, ACTIVATIONS),
+                                   ("rope_type", self.rope["rope_type"], ("default", "linear", "llama3", "longrope"))):
+            if value not in known:
+                raise UserError(f"{name} {value!r} is not supported; supported: {', '.join(known)}")
 
     def window(self, layer):
         """How far back a layer sees, in tokens; 0: all the way."""
@@ -127,76 +94,16 @@ class Config:
             turns = r["original_max_position_embeddings"] * f / (2 * math.pi)      # in the window of the first training
             keep = ((turns - low) / (high - low)).clamp(0, 1)
             return f * (keep + (1 - keep) / r["factor"]), 1.0
-        if r["rope_type"] == "longrope":              # the short factors: self.max_position_embeddings ends where they do
-            factor = r.get("factor") or self.hub["max_position_embeddings"] / self.max_position_embeddings
-            scale = r.get("attention_factor") or (factor > 1 and math.sqrt(1 + math.log(factor) / math.log(self.max_position_embeddings)))
-            return f / torch.tensor(r["short_factor"], device="cpu"), float(scale or 1.0)
+        if r["rope_type"] == "longrope":              # the short factors only: our window ends where they do
+            window = self.max_position_embeddings
+            factor = r.get("factor") or self.hub["max_position_embeddings"] / window
+            scale = math.sqrt(1 + math.log(factor) / math.log(window)) if factor > 1 else 1.0
+            return f / torch.tensor(r["short_factor"], device="cpu"), r.get("attention_factor") or scale
         return f, 1.0
 
 
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_key_value_heads",
-         "head_dim", "max_position_embeddings")
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": functools.partial(F.gelu, approximate="tanh"),
-               "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu}
-
-
-@dataclasses.dataclass
-class Family:
-    """What a family of the Hub has of its own: names in config.json, switches of the block, names and layout of tensors."""
-    architecture: str
-    switches: callable                       # (config.json with our names) -> fields of Config
-    renamed: dict = dataclasses.field(default_factory=dict)         # our name of a field -> theirs
-    fixed: tuple = ()                        # fields its config.json has no name for
-    tensors: tuple = ()                      # (their module, our modules that are fused in it, stored transposed?)
-    prefixes: tuple = ()                     # (ours, theirs) of the remaining names
-
-
-def sliding(h):
-    """Qwen's: config.json has a window that is switched on apart, for the layers from max_window_layers on."""
-    if not h.get("use_sliding_window") or not h.get("sliding_window"):
-        return {}
-    types = ["sliding_attention" if i >= h.get("max_window_layers", 28) else "full_attention" for i in range(h["num_hidden_layers"])]
-    return dict(sliding_window=h["sliding_window"], layer_types=h.get("layer_types") or types)
-
-
-def phi3(h):
-    short = h.get("original_max_position_embeddings") or (h.get("rope_parameters") or {}).get("original_max_position_embeddings")
-    long = h.get("rope_scaling") or (h.get("rope_parameters") or {}).get("short_factor")
-    return dict(sliding_window=h.get("sliding_window", 0), **(dict(max_position_embeddings=short) if long else {}))
-
-
-def gpt2(h):
-    odd = [k for k, default in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)) if h.get(k, default) != default]
-    if odd:
-        raise UserError(f"GPT-2 with {odd[0]} = {h[odd[0]]} is not supported")
-    return dict(qkv_bias=True, o_bias=True, mlp_bias=True, gated=False, qk_norm=False, layer_norm=True, learned_positions=True,
-                hidden_act=h.get("hidden_act", "gelu_new"), tie_word_embeddings=h.get("tie_word_embeddings", True))
-
-
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-FAMILIES = {
-    "qwen3": Family("Qwen3ForCausalLM", lambda h: dict(qkv_bias=h.get("attention_bias", False), o_bias=h.get("attention_bias", False),
-                                                       head_dim=h.get("head_dim", 128), **sliding(h))),
-    "qwen2": Family("Qwen2ForCausalLM", lambda h: dict(qk_norm=False, qkv_bias=True, **sliding(h))),
-    "llama": Family("LlamaForCausalLM", lambda h: dict(qk_norm=False, qkv_bias=h.get("attention_bias", False),
-                                                       o_bias=h.get("attention_bias", False), mlp_bias=h.get("mlp_bias", False))),
-    "mistral": Family("MistralForCausalLM", lambda h: dict(qk_norm=False, sliding_window=h.get("sliding_window", 0))),
-    "phi3": Family("Phi3ForCausalLM", lambda h: dict(qk_norm=False, **phi3(h)), tensors=(
-        ("self_attn.qkv_proj", QKV, False), ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), False))),
-    "gpt2": Family("GPT2LMHeadModel", gpt2, renamed=dict(
-        hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head", max_position_embeddings="n_positions",
-        intermediate_size="n_inner", rms_norm_eps="layer_norm_epsilon", hidden_act="activation_function"),
-        fixed=("num_key_value_heads", "head_dim"), tensors=(
-        ("attn.c_attn", QKV, True), ("attn.c_proj", ("self_attn.o_proj",), True), ("mlp.c_fc", ("mlp.up_proj",), True),
-        ("mlp.c_proj", ("mlp.down_proj",), True)), prefixes=(
-        ("model.layers.", "transformer.h."), ("input_layernorm.", "ln_1."), ("post_attention_layernorm.", "ln_2."),
-        ("model.embed_tokens.", "transformer.wte."), ("model.embed_positions.", "transformer.wpe."), ("model.norm.", "transformer.ln_f."))),
-}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The transformer. Shapes: B rows, T positions, C hidden_size, H query heads, K key-value heads, D head_dim, V vocabulary
+# The transformer. B rows, T positions, C hidden_size, H query heads, K key-value heads, D head_dim, V vocab_size
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang & Sennrich, 2019)."""
@@ -311,7 +218,7 @@ class Body(nn.Module):
         return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
 
     def mask(self, T, start, window, segments):
-        """True where one of the last T of start + T positions may look, (T, start + T) or (B, 1, T, T); None: all before."""
+        """Where the last T of start + T positions may look: bool (T, start + T) or (B, 1, T, T); None: all before."""
         if segments is None and (start == 0 or T == 1) and not (window and start + T > window):
             return None
         q = torch.arange(start, start + T, device=self.frequencies.device)[:, None]
@@ -378,16 +285,16 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator=None):
-        """Random weights: matrices normal with std 1/sqrt(fan in), so each keeps its input's scale; the projections that
-        write to the residual stream start at zero (each block is the identity at first); a small head (loss ln V)."""
+        """Random weights: matrices with std 1/sqrt(fan in) keep the scale of their input, the projections that write to
+        the residual stream start at zero (each block is the identity at first), a small head (loss ln V)."""
         for name, p in self.named_parameters():
             if p.ndim == 1:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 p.zero_()
             else:
-                embedding = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-                p.normal_(0.0, 0.02 if embedding else p.shape[1] ** -0.5, generator=generator)
+                p.normal_(0.0, 1.0 if "embed" in name else 0.02 if "lm_head" in name else p.shape[1] ** -0.5,
+                          generator=generator)
         return self
 
     # --- counts ---
@@ -407,10 +314,10 @@ class Transformer(nn.Module):
         return sum(storages.values())
 
     def flops_per_token(self, context):
-        """Multiplications and additions of one token's forward pass in a causal window of `context` tokens, averaged over
-        its positions. Training costs 3 x (Kaplan et al., 2020)."""
+        """Multiplications and additions of a token's forward pass, the mean over a causal window of `context` tokens.
+        Training costs 3 x (Kaplan et al., 2020)."""
         c = self.config
-        attention = c.num_hidden_layers * 2 * c.num_attention_heads * c.head_dim * (context + 1)   # qk and av, half full
+        attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * (context + 1)   # qk, av: half full
         return 2 * self.matmul_parameters() + attention
 
 
@@ -431,74 +338,116 @@ class KVCache:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading and writing model directories
+# The Hub's families: what their config.json and their tensors have of their own
 
-@contextlib.contextmanager
-def replacing(directory):
-    """Write a directory so that a kill at any moment leaves a whole one: fill the yielded DIR.new, then swap names.
-
-    `whole()` finds what is left after a kill. On an exception DIR is untouched and DIR.new is removed.
-    """
-    directory = Path(directory)
-    new, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
-    if is_whole(new) and not is_whole(directory):
-        new.rename(directory)                         # what a kill between two renames left: finish it first
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-    new.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+@dataclasses.dataclass
+class Family:
+    architecture: str
+    switches: callable                       # config.json (under our names) -> fields of Config
+    renamed: dict = dataclasses.field(default_factory=dict)         # our name of a config field -> theirs
+    unnamed: tuple = ()                      # config fields that follow from others there
+    tensors: tuple = ()                      # (their module, our modules that are fused in it, stored transposed?)
+    prefixes: tuple = ()                     # (ours, theirs) for the other tensors
 
 
-def is_whole(directory):
-    return (directory / "config.json").is_file()      # it is written last
+def llama(h):
+    bias = h.get("attention_bias", False)
+    return dict(qk_norm=False, qkv_bias=bias, o_bias=bias, mlp_bias=h.get("mlp_bias", False))
 
 
-def whole(path):
-    """The directory that holds the model at `path`: itself, what an interrupted save left beside it, or a run's best/ or
-    last/ in it. Raises UserError if there is none."""
-    path = Path(path)
-    for base in (path, path / "best", path / "last"):
-        for candidate in (base, base.with_name(base.name + ".new"), base.with_name(base.name + ".old")):
-            if is_whole(candidate):
-                return candidate
-    raise UserError(f"there is no model in {path}: no config.json in it, nor in its best/ or last/" if path.exists()
-                    else f"there is no directory {path}")
+def mistral(h):
+    return dict(qk_norm=False, sliding_window=h.get("sliding_window", 0))
 
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from None
+def qwen2(h):
+    return dict(qk_norm=False, qkv_bias=True, **qwen_window(h))
 
 
-def read_tensors(directory):
-    """All tensors of model.safetensors, or of the shards its index names, mapped from the files. Raises UserError."""
-    names = ["model.safetensors"]
-    if (directory / "model.safetensors.index.json").is_file() and not (directory / names[0]).is_file():
-        names = sorted(set(read_json(directory / "model.safetensors.index.json").get("weight_map", {}).values()))
-    tensors = {}
-    for name in names:
-        if not (directory / name).is_file():
-            pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
-            raise UserError(f"{directory} has no {name}" + (
-                f", only {pickled[0].name}, a pickle, which may run code and is not opened here: convert it with transformers' "
-                "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)" if pickled and name == "model.safetensors"
-                else ""))
-        try:
-            with safe_open(directory / name, framework="pt") as f:
-                tensors.update((key, f.get_tensor(key)) for key in f.keys())
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{directory / name} is truncated or not a safetensors file ({error})") from None
-    return tensors
+def qwen3(h):
+    bias = h.get("attention_bias", False)
+    return dict(qkv_bias=bias, o_bias=bias, head_dim=h.get("head_dim", 128), **qwen_window(h))
+
+
+def qwen_window(h):
+    if not h.get("use_sliding_window"):               # a window may be written, and off
+        return {}
+    slides = [i >= h.get("max_window_layers", 28) for i in range(h["num_hidden_layers"])]
+    types = h.get("layer_types") or ["sliding_attention" if s else "full_attention" for s in slides]
+    return dict(sliding_window=h.get("sliding_window", 0), layer_types=types)
+
+
+def phi3(h):
+    rope = {**h, **(h.get("rope_scaling") or {}), **(h.get("rope_parameters") or {})}
+    short = {"max_position_embeddings": rope["original_max_position_embeddings"]} if "short_factor" in rope else {}
+    return dict(qk_norm=False, sliding_window=h.get("sliding_window", 0), **short)
+
+
+def gpt2(h):
+    for name, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if h.get(name, usual) != usual:
+            raise UserError(f"GPT-2 with {name} = {h[name]} is not supported")
+    return dict(qk_norm=False, qkv_bias=True, o_bias=True, mlp_bias=True, gated=False, layer_norm=True,
+                learned_positions=True, tie_word_embeddings=h.get("tie_word_embeddings", True),
+                hidden_act=h.get("hidden_act", "gelu_new"), rms_norm_eps=h.get("rms_norm_eps", 1e-5))
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+FAMILIES = {
+    "qwen3": Family("Qwen3ForCausalLM", qwen3),
+    "qwen2": Family("Qwen2ForCausalLM", qwen2),
+    "llama": Family("LlamaForCausalLM", llama),
+    "mistral": Family("MistralForCausalLM", mistral),
+    "phi3": Family("Phi3ForCausalLM", phi3, tensors=(
+        ("self_attn.qkv_proj", QKV, False), ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), False))),
+    "gpt2": Family(
+        "GPT2LMHeadModel", gpt2, unnamed=("num_key_value_heads", "head_dim"),
+        renamed=dict(hidden_size="n_embd", intermediate_size="n_inner", num_hidden_layers="n_layer",
+                     num_attention_heads="n_head", max_position_embeddings="n_positions",
+                     rms_norm_eps="layer_norm_epsilon", hidden_act="activation_function"),
+        tensors=(("attn.c_attn", QKV, True), ("attn.c_proj", ("self_attn.o_proj",), True),
+                 ("mlp.c_fc", ("mlp.up_proj",), True), ("mlp.c_proj", ("mlp.down_proj",), True)),
+        prefixes=(("model.layers.", "transformer.h."), ("input_layernorm.", "ln_1."),
+                  ("post_attention_layernorm.", "ln_2."), ("model.embed_tokens.", "transformer.wte."),
+                  ("model.embed_positions.", "transformer.wpe."), ("model.norm.", "transformer.ln_f."))),
+}
+
+
+def config_from_hub(hub):
+    """The Config of a parsed config.json. Raises UserError for a family or a setting this code does not have."""
+    if hub.get("slm_format", FORMAT) > FORMAT:
+        raise UserError(f"this model was written by a newer version (format {hub['slm_format']}, known: {FORMAT}); "
+                        "update this code")
+    name, supported = hub.get("model_type"), f"supported: {', '.join(FAMILIES)}"
+    if "auto_map" in hub and name != "phi3":          # Phi-3's directories carry a copy of what transformers has
+        raise UserError(f"the model brings its own code (auto_map in config.json), never run here; {supported}")
+    if name not in FAMILIES:
+        raise UserError(f"model_type {name!r} is not supported; {supported}")
+    family = FAMILIES[name]
+    ours = {theirs: k for k, theirs in family.renamed.items()}
+    found = {ours.get(k, k): v for k, v in hub.items() if v is not None}
+    missing = [family.renamed.get(k, k) for k in SIZES[:4] if k not in found]
+    if missing:
+        raise UserError(f"config.json lacks {', '.join(missing)}")
+    rope = {**(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}       # transformers 4 and 5
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope = {**ROPE, **{k: found[k] for k in ROPE if k in found}, **rope,
+            "rope_type": "longrope" if kind == "su" else kind}
+    usual = dict(num_key_value_heads=found["num_attention_heads"], intermediate_size=4 * found["hidden_size"],
+                 head_dim=found["hidden_size"] // found["num_attention_heads"])
+    fields = {k: found[k] for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act") if k in found}
+    return Config(**{**usual, **fields, **family.switches(found)}, model_type=name, rope=rope, hub=hub)
+
+
+def config_to_hub(config):
+    """config.json as a dict: what was read, with today's shapes."""
+    family = FAMILIES[config.model_type]
+    skip = (*family.unnamed, *(["max_position_embeddings"] if config.rope["rope_type"] == "longrope" else []))
+    fields = {family.renamed.get(k, k): getattr(config, k)
+              for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act") if k not in skip}
+    new = dict(rope_parameters=config.rope, rope_theta=config.rope["rope_theta"], attention_bias=False, use_cache=True)
+    kept = {k: v for k, v in config.hub.items() if k not in ("auto_map", "torch_dtype")} or new
+    return {"architectures": [family.architecture], "model_type": config.model_type, **kept, **fields,
+            "slm_format": FORMAT}
 
 
 def to_ours(tensors, family, shapes):
@@ -535,6 +484,87 @@ def to_theirs(tensors, family):
     return result
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and writing model directories
+
+@contextlib.contextmanager
+def replacing(directory):
+    """Write a directory so that a kill at any moment leaves a whole one: fill the yielded DIR.new, then swap names.
+
+    `whole()` finds what is left after a kill. On an exception DIR is untouched and DIR.new is removed.
+    """
+    directory = Path(directory)
+    new, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
+    if is_whole(new) and not is_whole(directory):
+        new.rename(directory)                         # what a kill between two renames left: finish it first
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_full(directory, wanted):
+    """Turns what safetensors and torch.save raise on a full disk into the OSError that it is."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if shutil.disk_usage(directory).free < wanted:
+            raise OSError(errno.ENOSPC, f"no space left while writing ({error})") from None
+        raise
+
+
+def is_whole(directory):
+    return (directory / "config.json").is_file()      # it is written last
+
+
+def whole(path):
+    """The directory that holds the model at `path`: itself, what an interrupted save left beside it, or, for a training
+    run, its best/ or last/. Raises UserError if there is none."""
+    path = Path(path)
+    for base in (path, path / "best", path / "last"):
+        for candidate in (base, base.with_name(base.name + ".new"), base.with_name(base.name + ".old")):
+            if is_whole(candidate):
+                return candidate
+    raise UserError(f"there is no model in {path}: no config.json in it, nor in its best/ or last/" if path.exists()
+                    else f"there is no directory {path}")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from None
+
+
+def read_tensors(directory):
+    """All tensors of model.safetensors, or of the shards its index names, mapped from the files. Raises UserError."""
+    names = ["model.safetensors"]
+    if (directory / "model.safetensors.index.json").is_file() and not (directory / names[0]).is_file():
+        names = sorted(set(read_json(directory / "model.safetensors.index.json").get("weight_map", {}).values()))
+    tensors = {}
+    for name in names:
+        if not (directory / name).is_file():
+            pickles = sorted(p.name for p in (*directory.glob("*.bin"), *directory.glob("*.pt")))
+            only = f", only {pickles[0]}: a pickle may run code and is not opened; convert it with transformers' " \
+                   "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)" if pickles else ""
+            raise UserError(f"{directory} has no {name}{only}")
+        try:
+            with safe_open(directory / name, framework="pt") as f:
+                tensors.update((key, f.get_tensor(key)) for key in f.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{directory / name} is truncated or not a safetensors file ({error})") from None
+    return tensors
+
+
 def load(path, device="cpu", dtype=None):
     """The model in a directory (or a training run's best/), in eval mode.
 
@@ -543,7 +573,7 @@ def load(path, device="cpu", dtype=None):
     """
     directory = whole(path)
     hub = read_json(directory / "config.json")
-    config = Config.from_hub(hub)
+    config = config_from_hub(hub)
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
@@ -551,14 +581,15 @@ def load(path, device="cpu", dtype=None):
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
         tensors.pop("lm_head.weight", None)
-    for problem, names in (("lacks", shapes.keys() - tensors.keys()), ("has an unknown", tensors.keys() - shapes.keys())):
+    missing, unknown = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
+    for problem, names in (("lacks", missing), ("has an unknown", unknown)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"the model in {directory} {problem} tensor {min(names)}{more}")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise UserError(f"{directory}: {name} is {tuple(tensors[name].shape)}, config.json says {tuple(shape)}")
-    model.load_state_dict(tensors, strict=False, assign=True)      # it was strict above, with one sentence for each case
+    model.load_state_dict(tensors, strict=False, assign=True)    # strict: see above
     model.tie_weights()
     model.history = hub.get("history", [])
     return model.to(device=device, dtype=dtype).eval()
@@ -572,7 +603,7 @@ def save(model, directory, tokenizer=None, extra=None):
     directory = Path(directory)
     if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").exists():
         raise UserError(f"{directory} is there and holds something else than a model: give another directory")
-    config = model.config.to_hub()
+    config = config_to_hub(model.config)
     if tokenizer is not None:
         config.update(bos_token_id=None, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
     config.update(history=model.history, dtype=str(model.lm_head.weight.dtype)[6:])
@@ -580,7 +611,7 @@ def save(model, directory, tokenizer=None, extra=None):
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     tensors = to_theirs(tensors, FAMILIES[model.config.model_type])
-    with replacing(directory) as new:
+    with replacing(directory) as new, disk_full(new, sum(t.nbytes for t in tensors.values())):
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(new, model_max_length=model.config.max_position_embeddings)
@@ -617,9 +648,10 @@ def checkpoint_hash(path):
 def card(model):
     """The model card (README.md of a model directory): what it is, what made it, what it is not for."""
     c = model.config
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", "# A small language model", "",
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",
+             "# A small language model", "",
              f"{model.parameters_count():,} parameters: {c.num_hidden_layers} layers of width {c.hidden_size}, "
-             f"{c.num_attention_heads} heads, a vocabulary of {c.vocab_size}, a window of {c.max_position_embeddings} tokens.",
+             f"{c.num_attention_heads} heads, {c.vocab_size:,} ids, a window of {c.max_position_embeddings} tokens.",
              "", "## What made it", ""]
     for entry in model.history:
         lines.append("- " + "; ".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in entry.items()))

@@ -25,7 +25,7 @@ from model import KVCache, load, whole
 def token_losses(model, batch):
     """-log p of each target in nats, (B, T) float32; 0 where the target is ignored."""
     x = model(batch.ids, segments=batch.segments, head=False).flatten(0, 1)                  # (B * T, C)
-    rows = max(1, 2 ** 21 // model.config.vocab_size)         # all logits at once would not fit the cache, or the memory
+    rows = max(1, 2 ** 21 // model.config.vocab_size)         # all logits at once would not fit the cache or the memory
     losses = [F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
               for h, t in zip(x.split(rows), batch.targets.flatten().split(rows))]
     return torch.cat(losses).view(batch.targets.shape)
@@ -48,10 +48,11 @@ def score(model, batches, token_bytes):
 
 
 def figures(nats, tokens, n_bytes):
-    """Validation loss (nats per token), perplexity, and bits per byte of text, which any tokenizer can be compared by."""
+    """Loss (nats per token), perplexity, and bits per byte of text, by which any two tokenizers can be compared."""
     loss = float(nats) / max(1, int(tokens))
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)),
-            "bits_per_byte": float(nats) / math.log(2) / max(1, int(n_bytes)), "tokens": int(tokens), "bytes": int(n_bytes)}
+            "bits_per_byte": float(nats) / math.log(2) / max(1, int(n_bytes)),
+            "tokens": int(tokens), "bytes": int(n_bytes)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +134,8 @@ def continuations(model, tokenizer, prompt, samples=1, seed=None, **options):
     generator = torch.Generator(device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     batch = torch.tensor([ids], device=device).expand(samples, -1)
-    return generate(model, batch, stop=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size, generator=generator, **options)
+    return generate(model, batch, stop=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size, generator=generator,
+                    **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,12 +160,13 @@ def arguments(argv):
     args = parser.parse_args(argv)
     if args.smoke:
         args.max_new_tokens = min(args.max_new_tokens, 20)
-    for flag, value, least, most in (("max-new-tokens", args.max_new_tokens, 1, None), ("samples", args.samples, 1, None),
-                                     ("temperature", args.temperature, 0, None), ("top-k", args.top_k, 0, None),
-                                     ("min-p", args.min_p, 0, 1), ("top-p", args.top_p, 1e-6, 1),
-                                     ("repetition-penalty", args.repetition_penalty, 1e-6, None)):
+    for name, least, most in (("max_new_tokens", 1, None), ("samples", 1, None), ("temperature", 0, None),
+                              ("top_k", 0, None), ("top_p", 1e-6, 1), ("min_p", 0, 1),
+                              ("repetition_penalty", 1e-6, None)):
+        value = getattr(args, name)
         if not least <= value <= (most or math.inf):
-            raise UserError(f"--{flag} is {value}; it must be at least {least}" + (f" and at most {most}" if most else ""))
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}" +
+                            (f" and at most {most}" if most else ""))
     return args
 
 
@@ -173,7 +176,8 @@ def pick_device(name="auto"):
     if name == "auto":
         name = next(d for d in have if have[d])
     if not have.get(name.split(":")[0], False):
-        raise UserError(f"--device {name}: there is no such device here; use --device {next(d for d in have if have[d])}")
+        best = next(d for d in have if have[d])
+        raise UserError(f"--device {name}: there is no such device here; use --device {best}")
     return torch.device(name)
 
 
@@ -189,7 +193,9 @@ def main(argv=None):
     else:
         prompt = "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", errors="replace").rstrip("\n")
     directory = whole(args.model)
-    model, tokenizer = load(directory, pick_device(args.device)), Tokenizer.load(directory)
+    device = pick_device(args.device)
+    model = load(directory, device, torch.float32 if device.type == "cpu" else None)    # a CPU is slow at 16 bits
+    tokenizer = Tokenizer.load(directory)
     count, window = len(tokenizer.encode(prompt, special=True)), model.config.max_position_embeddings
     if count > window:
         print(f"the prompt has {count} tokens, the window {window}: only the last {window} are read", file=sys.stderr)
@@ -210,7 +216,9 @@ def main(argv=None):
     else:
         for i, ids in enumerate(zip(*stream())):
             print(f"--- sample {i + 1}\n{prompt}{''.join(pieces(tokenizer, ids, tokenizer.eos_ids))}")
-    decode = f", then {args.samples * (len(stamps) - 1) / (stamps[-1] - stamps[0]):.0f} tokens/s" if len(stamps) > 1 else ""
+    decode = ""
+    if len(stamps) > 1:
+        decode = f", then {args.samples * (len(stamps) - 1) / (stamps[-1] - stamps[0]):.0f} tokens/s"
     print(f"\n[{len(stamps)} tokens; the first after {1000 * (stamps[0] - start):.0f} ms{decode}]", file=sys.stderr)
 
 

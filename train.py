@@ -9,8 +9,8 @@
 A run's directory holds two models, best/ (lowest validation loss) and last/ (with what --resume needs), log.jsonl (one
 line a step) and loss.png. fit() below is the only optimizer loop of this project; distill.py and compress.py call it.
 """
-import argparse, collections, contextlib, dataclasses, inspect, itertools, json, math, os, re, shutil, signal, statistics
-import sys, time
+import argparse, collections, contextlib, dataclasses, inspect, itertools, json, math, os, re, shutil, signal
+import statistics, sys, time
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import sample
 from data import Parser, UserError, run
-from data.loader import IGNORE, Batch, Windows
+from data.loader import IGNORE, LEARNED, Batch, Windows
 from data.prepare import find, prepare
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, checkpoint_hash, load, read_json, save, whole
@@ -54,7 +54,8 @@ class TrainConfig:
     batch_size: int = 8             # windows a step, over all processes
     micro_batch: int = 0            # windows a process holds at once; 0: its whole share, more are accumulated
     optimizer: str = "muon"         # muon (matrices by Muon, the rest by AdamW) or adamw (all)
-    lr: float = 0.004               # peak learning rate of AdamW
+    lr: float = 0.004               # peak learning rate of the output head and the vectors (adamw: of matrices too)
+    embed_lr: float = 0.05          # peak learning rate of the embedding
     matrix_lr: float = 0.02         # peak learning rate of Muon
     weight_decay: float = 0.0       # of matrices, decoupled
     beta1: float = 0.9              # AdamW's first decay
@@ -78,6 +79,8 @@ class TrainConfig:
     smoke: bool = False             # a tiny model on a slice of the data for a few steps: does it run?
 
 
+# Where --init-from starts, small steps of all weights keep what was learned.
+FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, decay=1.0)
 SMOKE = dict(steps=6, layers=2, width=32, heads=2, context=64, batch_size=4, evals=2, eval_tokens=2048, warmup=2)
 
 
@@ -93,8 +96,8 @@ def parse(config_class, description, argv=None):
         else:
             parser.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, help=help)
     given = vars(parser.parse_args(argv))
-    smoke = SMOKE if given.get("smoke") else {}
-    return config_class(**{**smoke, **given}), set(given) | set(smoke)
+    preset = {**(FINE_TUNE if given.get("init_from") else {}), **(SMOKE if given.get("smoke") else {})}
+    return config_class(**{**preset, **given}), set(given)
 
 
 def check(cfg):
@@ -102,9 +105,10 @@ def check(cfg):
     wrong = [f"--{name.replace('_', '-')} must be one of {', '.join(options)}" for name, options in (
         ("optimizer", ("muon", "adamw")), ("schedule", ("wsd", "cosine")), ("dtype", tuple(DTYPES)))
         if getattr(cfg, name) not in options]
-    wrong += [f"--{name.replace('_', '-')} must be at least {least}" for name, least in (
-        ("layers", 1), ("width", 1), ("heads", 1), ("context", 1), ("batch_size", 1), ("steps", 0), ("evals", 1), ("micro_batch", 0),
-        ("warmup", 0), ("lr", 0), ("matrix_lr", 0), ("clip", 0), ("eval_tokens", 0)) if getattr(cfg, name) < least]
+    wrong += [f"--{name.replace('_', '-')} must be at least {least}" for least, names in (
+        (1, ("layers", "width", "heads", "context", "batch_size", "evals")),
+        (0, ("steps", "micro_batch", "warmup", "lr", "embed_lr", "matrix_lr", "clip", "eval_tokens")))
+        for name in names if getattr(cfg, name) < least]
     wrong += [f"--{name} must be between 0 and 1" for name in ("decay", "dropout") if not 0 <= getattr(cfg, name) <= 1]
     if cfg.steps == 0 and not cfg.minutes > 0:
         wrong.append("--steps or --minutes must be above 0")
@@ -158,7 +162,8 @@ def set_up(cfg):
         why = f"this GPU has {'' if dtype == torch.bfloat16 else 'no '}bfloat16 units"
     elif dtype is None and device.type == "cpu":
         ratio = matmul_rate(device, torch.bfloat16, 256) / matmul_rate(device, torch.float32, 256)
-        dtype, why = (torch.bfloat16 if ratio > 1.3 else torch.float32), f"bfloat16 multiplies at {ratio:.2f} x its rate here"
+        dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
+        why = f"bfloat16 multiplies at {ratio:.2f} x float32's rate here"
     elif dtype is None:
         dtype, why = torch.float32, "the safe choice on mps, which is experimental here"
     rate = rate if dtype == torch.float32 else matmul_rate(device, dtype)
@@ -187,23 +192,23 @@ def all_sum(machine, tensor):
 # Loss
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross_entropy(x @ weight.T, targets) that never holds all the logits: rows of x are taken in chunks, and each
-    chunk's gradient is made at once, while its probabilities are still in the cache (Wijmans et al., 2024).
+    """Sum of cross_entropy(x @ weight.T, targets) that never holds all the logits: rows of x are taken in chunks, and
+    each chunk's gradient is made at once, while its probabilities are still in the cache (Wijmans et al., 2024).
 
     x (N, C), weight (V, C), targets (N,) with IGNORE where nothing is learned.
     """
     @staticmethod
     def forward(ctx, x, weight, targets):
-        loss, rows = torch.zeros((), device=x.device), max(1, (2 ** 21 if x.device.type == "cpu" else 2 ** 26) // len(weight))
+        loss, weight_t = torch.zeros((), device=x.device), weight.to(x.dtype)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        weight_t = weight.to(x.dtype)
+        rows = max(1, (2 ** 21 if x.device.type == "cpu" else 2 ** 26) // len(weight))
         for i in range(0, len(x), rows):
             h, t = x[i:i + rows], targets[i:i + rows, None]
             keep, t = (t != IGNORE).float(), t.clamp(min=0)
             logits = (h @ weight_t.T).float()                                        # (rows, V)
             top, right = logits.amax(1, keepdim=True), logits.gather(1, t)
             probs = logits.softmax(1)
-            log_sum = top - probs.amax(1, keepdim=True).log()                        # log(sum(exp(logits))), never log(0)
+            log_sum = top - probs.amax(1, keepdim=True).log()                    # log(sum(exp(logits))), never log(0)
             loss += ((log_sum - right) * keep).sum()
             probs.scatter_add_(1, t, torch.full_like(keep, -1.0))                    # d loss / d logits = p - one-hot
             grad = probs.to(x.dtype) if keep.all() else (probs * keep).to(x.dtype)
@@ -257,7 +262,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x, steps=5):
-    """About U V^T of each x = U S V^T, x (n, rows, columns), by Newton-Schulz iterations (coefficients of Jordan, 2024)."""
+    """About U V^T of each x = U S V^T, x (n, rows, columns), by Newton-Schulz iterations with Jordan's coefficients."""
     x = x.bfloat16() if x.is_cuda else x.float()
     transposed = x.shape[1] > x.shape[2]
     if transposed:
@@ -271,14 +276,17 @@ def orthogonalize(x, steps=5):
 
 def make_optimizers(model, loss_fn, cfg):
     """Muon for the matrices inside the blocks and AdamW for the rest, or AdamW for all."""
-    matrices, tables, vectors = [], [], []
-    for name, p in itertools.chain(model.named_parameters(), loss_fn.named_parameters() if isinstance(loss_fn, nn.Module) else ()):
+    matrices, embeddings, rest = [], [], []
+    extra = loss_fn.named_parameters() if isinstance(loss_fn, nn.Module) else ()
+    for name, p in itertools.chain(model.named_parameters(), extra):
         if p.requires_grad:
-            (vectors if p.ndim < 2 else matrices if ".layers." in name else tables).append(p)
-    groups = [dict(params=tables, lr=cfg.lr, weight_decay=0.0), dict(params=vectors, lr=cfg.lr, weight_decay=0.0)]
+            (embeddings if "embed" in name else matrices if p.ndim > 1 and ".layers." in name else rest).append(p)
+    groups = [dict(params=embeddings, lr=cfg.embed_lr, weight_decay=0.0),
+              dict(params=rest, lr=cfg.lr, weight_decay=0.0)]
     if cfg.optimizer == "adamw":
         groups.append(dict(params=matrices, lr=cfg.lr, weight_decay=cfg.weight_decay))
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), eps=1e-10, fused=True)]
+    groups = [g for g in groups if g["params"]]
+    optimizers = [torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=1e-10, fused=True)]
     if cfg.optimizer == "muon" and matrices:
         optimizers.append(Muon(matrices, cfg.matrix_lr, cfg.momentum, cfg.weight_decay))
     for o in optimizers:
@@ -365,15 +373,16 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
                     loss=loss_fn.state_dict() if isinstance(loss_fn, nn.Module) else {})
 
     def keep(name, **figures):
-        model.history = parents + [{**entry, "steps": step, "tokens": tokens_seen, "seconds": round(seconds, 1), **figures}]
+        model.history = parents + [{**entry, "steps": step, "tokens": tokens_seen, "seconds": round(seconds, 1),
+                                    **figures}]
         if machine.rank == 0:
             save(model, out / name, tokenizer,
                  (lambda new: torch.save(state_of(), new / "training_state.pt")) if name == "last" else None)
 
     model.train()
     figures, durations, saved = {}, [], time.perf_counter()
-    bar = tqdm(total=total or None, initial=step, desc="training", unit="step", disable=None if machine.rank == 0 else True,
-               dynamic_ncols=True)
+    bar = tqdm(total=total or None, initial=step, desc="training", unit="step", dynamic_ncols=True,
+               disable=None if machine.rank == 0 else True)                  # None: off where there is no terminal
     while not total or step < total:
         start = time.perf_counter()
         factor = lr_at(step, total or 10 ** 9, cfg)
@@ -403,8 +412,9 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf).item()
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             bar.close()
-            raise UserError(f"the {'loss' if not math.isfinite(loss) else 'gradient'} is not finite at step {step + 1}; "
-                            f"the last good checkpoint is {out / 'last'}: lower --lr and --matrix-lr, or use --dtype float32")
+            what = "gradient" if math.isfinite(loss) else "loss"
+            raise UserError(f"the {what} is not finite at step {step + 1}; the last good checkpoint is {out / 'last'}: "
+                            "lower --lr, --embed-lr and --matrix-lr, or use --dtype float32")
         for o in optimizers:
             scaler.step(o)
             o.zero_grad(set_to_none=True)
@@ -417,7 +427,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         if not total:
             durations.append(taken)
             if step > TIMED[-1]:
-                total = plan(statistics.median(durations[TIMED[0]:]), eval_cost, cfg, machine)
+                total = plan(statistics.median(durations[TIMED[0]:] or durations), eval_cost, cfg, machine)
                 bar.total = total
                 bar.refresh()
         loss /= max(count, 1)
@@ -430,17 +440,18 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         if total and (step == total or step * cfg.evals // total > (step - 1) * cfg.evals // total):
             start = time.perf_counter()
             figures = evaluate(model)
+            val = {"val_" + k: v for k, v in figures.items()}
             seconds += time.perf_counter() - start
-            log.write(step=step, seconds=round(seconds, 3), **{"val_" + k: v for k, v in figures.items()})
+            log.write(step=step, tokens=tokens_seen, seconds=round(seconds, 3), **val)
             flops = 3 * model.flops_per_token(cfg.context)
             share_of_rate = flops * tokens_seen / seconds / machine.matmul_rate / machine.size
             say(machine, f"step {step} of {total}, {seconds:.0f} s: validation loss {figures['loss']:.4f}, perplexity "
-                f"{figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits per byte; training at {rate:,.0f} tokens/s, "
-                f"{share_of_rate:.0%} of the measured matmul rate")
+                f"{figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits per byte; {rate:,.0f} tokens/s, "
+                f"{share_of_rate:.0%} of the matmul rate")
             if figures["loss"] < best:
                 best = figures["loss"]
-                keep("best", **{"val_" + k: v for k, v in figures.items()})
-            keep("last", **{"val_" + k: v for k, v in figures.items()})
+                keep("best", **val)
+            keep("last", **val)
             saved = time.perf_counter()
         elif stop or machine.rank == 0 and time.perf_counter() - saved > cfg.save_seconds:
             keep("last")
@@ -469,7 +480,7 @@ def plan(step_seconds, eval_cost, cfg, machine):
 
 
 class Interrupt:
-    """Turns the first Ctrl-C (or a cluster's SIGTERM) into a wish to stop after the step; the second one stops at once."""
+    """Turns the first Ctrl-C (or a cluster's SIGTERM) into a wish to stop after the step; the next stops at once."""
     def __init__(self):
         self.stop, self.before = False, {}
         for s in (signal.SIGINT, signal.SIGTERM):
@@ -502,7 +513,7 @@ class Log:
                 import wandb
             except ImportError:
                 raise UserError("--wandb needs the wandb package: pip install wandb, or leave the flag out") from None
-            self.wandb = wandb.init(project=cfg.wandb, name=path.parent.name, config=dataclasses.asdict(cfg), resume="allow")
+            self.wandb = wandb.init(project=cfg.wandb, name=path.parent.name, config=dataclasses.asdict(cfg))
 
     def write(self, **line):
         if self.file:
@@ -534,8 +545,8 @@ def read_state(out):
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{file.parent} has no training_state.pt: it can start a new run (--init-from {file.parent}) but "
-                        "not be resumed") from None
+        raise UserError(f"{file.parent} has no training_state.pt, so it cannot be resumed: start a new run with "
+                        f"--init-from {file.parent}") from None
     except Exception as error:
         raise UserError(f"{file} cannot be read ({type(error).__name__}): start a new run with --init-from "
                         f"{file.parent}") from None
@@ -552,11 +563,12 @@ def picture(out):
         return
     lines = read_log(out / "log.jsonl")
     train = [(l["tokens"], l["loss"]) for l in lines if "loss" in l]
-    val = [(next(t["tokens"] for t in lines if t["step"] == l["step"] and "loss" in t), l["val_loss"]) for l in lines if "val_loss" in l]
+    val = [(l["tokens"], l["val_loss"]) for l in lines if "val_loss" in l]
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     ax.plot(*zip(*train), color="0.75", linewidth=0.8, label="training batch")
     ax.plot(*zip(*val), "o-", color="tab:blue", label="validation")
-    ax.set(xlabel="tokens learned", ylabel="loss (nats per token)", title=f"{out.name}: validation loss {val[-1][1]:.3f}")
+    ax.set(xlabel="tokens learned", ylabel="loss (nats per token)",
+           title=f"{out.name}: validation loss {val[-1][1]:.3f}")
     ax.set_ylim(min(min(l for _, l in train), min(l for _, l in val)) - 0.1, None)
     ax.legend()
     ax.grid(alpha=0.3)
@@ -567,12 +579,11 @@ def picture(out):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-def open_data(cfg, split, directory):
-    return Windows(directory, split, cfg.context)
+def open_model(cfg, given, tokenizer, machine):
+    """The model to train: a run's last, a directory to start from, or a new one with random weights.
 
-
-def open_model(cfg, tokenizer, machine):
-    """The model to train: a run's last, a directory to start from, or a new one with random weights."""
+    A window shorter than --context lowers that, unless it was given. Raises UserError for another tokenizer.
+    """
     if cfg.resume or cfg.init_from:
         path = whole(Path(cfg.out) / "last") if cfg.resume else whole(cfg.init_from)
         model = load(path)
@@ -581,14 +592,16 @@ def open_model(cfg, tokenizer, machine):
                             f"data/prepare.py --tokenizer {path}")
         for p in model.parameters():
             p.data = p.data.float().clone()              # not the mapped file: it is about to be replaced
-        if cfg.context > model.config.max_position_embeddings:
-            raise UserError(f"--context {cfg.context} is more than this model's window of {model.config.max_position_embeddings}")
+        window = model.config.max_position_embeddings
+        if cfg.context > window and "context" in given:
+            raise UserError(f"--context {cfg.context} is more than this model's window of {window}")
+        cfg.context = min(cfg.context, window)
     else:
-        heads = cfg.heads
         model = Transformer(Config(
             vocab_size=tokenizer.vocab_size, hidden_size=cfg.width, intermediate_size=cfg.ffn or 3 * cfg.width,
-            num_hidden_layers=cfg.layers, num_attention_heads=heads, num_key_value_heads=cfg.kv_heads or heads,
-            head_dim=cfg.head_dim or cfg.width // heads, max_position_embeddings=cfg.context, tie_word_embeddings=cfg.tie))
+            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads or cfg.heads,
+            head_dim=cfg.head_dim or cfg.width // cfg.heads, max_position_embeddings=cfg.context,
+            tie_word_embeddings=cfg.tie))
         model.initialize(torch.Generator().manual_seed(cfg.seed))
     return model.to(machine.device)
 
@@ -596,11 +609,11 @@ def open_model(cfg, tokenizer, machine):
 def resumed(cfg, given):
     """The config of the run in cfg.out, with the flags that were given. Raises UserError if they change the model."""
     stored = read_state(cfg.out)["config"]
-    fixed = ("data", "init_from", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "tie", "vocab_size", "context")
-    for name in fixed:
+    for name in ("data", "init_from", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "tie", "vocab_size",
+                 "context"):
         if name in given and getattr(cfg, name) != stored[name]:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but the run in {cfg.out} has {stored[name]}: "
-                            "leave the flag out, or give another --out")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but the run in {cfg.out} has "
+                            f"{stored[name]}: leave the flag out, or give another --out")
     return type(cfg)(**{**stored, **{name: getattr(cfg, name) for name in given}, "out": cfg.out, "resume": True})
 
 
@@ -614,34 +627,39 @@ def main(argv=None):
         cfg.resume = False
         print(f"nothing is saved in {out} yet: starting from the beginning")
     elif held and not cfg.overwrite:
-        raise UserError(f"{out} holds a model already: go on with --resume, replace it with --overwrite, or give another --out")
+        raise UserError(f"{out} holds a model already: go on with --resume, replace it with --overwrite, or give "
+                        "another --out")
     check(cfg)
     machine = set_up(cfg)
     if cfg.batch_size % machine.size:
         raise UserError(f"--batch-size {cfg.batch_size} does not divide by the {machine.size} processes")
     directory = find(cfg.data, cfg.smoke) or prepare(cfg.data, vocab_size=cfg.vocab_size, smoke=cfg.smoke)
     tokenizer = Tokenizer.load(directory)
-    train, val = open_data(cfg, "train", directory), open_data(cfg, "val", directory)
+    model = open_model(cfg, given, tokenizer, machine)
+    train, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
     meta = train.meta
-    model = open_model(cfg, tokenizer, machine)
     if cfg.overwrite and not cfg.resume and machine.rank == 0:
         for d in ("best", "last"):
             shutil.rmtree(out / d, ignore_errors=True)
     c = model.config
-    say(machine, f"data {meta['name']}: {meta['splits']['train']['tokens']:,} training tokens of "
-        f"{meta['splits']['train']['bytes'] / max(1, meta['splits']['train']['tokens']):.2f} bytes, vocabulary {meta['vocab_size']:,}")
-    say(machine, f"model: {model.parameters_count():,} parameters, {c.num_hidden_layers} layers of width {c.hidden_size}, "
-        f"{c.num_attention_heads} heads, MLP {c.intermediate_size}, window {c.max_position_embeddings}")
-    tokens_per_step = cfg.batch_size * cfg.context
-    eval_tokens = min(cfg.eval_tokens or math.inf, meta["splits"]["val"]["tokens"])
+    tokens_per_step, sizes = cfg.batch_size * cfg.context, meta["splits"]
+    eval_tokens = min(cfg.eval_tokens or math.inf, sizes["val"]["tokens"])
+    say(machine, f"data {meta['name']}: {sizes['train']['tokens']:,} training tokens of "
+        f"{sizes['train']['bytes'] / max(1, sizes['train']['tokens']):.2f} bytes, vocabulary {meta['vocab_size']:,}")
+    say(machine, f"model: {model.parameters_count():,} parameters, {c.num_hidden_layers} layers of width "
+        f"{c.hidden_size}; {c.num_attention_heads} heads; "
+        f"MLP {c.intermediate_size}; window {c.max_position_embeddings}")
     say(machine, f"{tokens_per_step:,} tokens a step; each of {cfg.evals} evaluations reads {eval_tokens:,} of "
-        f"{meta['splits']['val']['tokens']:,} validation tokens")
+        f"{sizes['val']['tokens']:,} validation tokens")
+    if train.truncated:
+        say(machine, f"{train.truncated:,} examples exceed the window of {cfg.context} tokens and are cut there")
     autocast = torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
 
     def evaluate(model):
         batches = val.evaluation_batches(max(1, 8192 // cfg.context), cfg.eval_tokens)
+        mine = itertools.islice(batches, machine.rank, None, machine.size)
         with autocast:
-            sums = sample.score(model, itertools.islice(batches, machine.rank, None, machine.size), tokenizer.token_bytes())
+            sums = sample.score(model, mine, tokenizer.token_bytes())
         return sample.figures(*all_sum(machine, sums))
 
     entry = {"step": "train", "data": meta["name"], "data_sha256": meta["sha256"], "tokenizer": tokenizer.hash[:16],
@@ -652,13 +670,15 @@ def main(argv=None):
         evaluate=evaluate, tokenizer=tokenizer, entry=entry, eval_cost=eval_tokens / tokens_per_step / 3)
     if machine.rank == 0:
         picture(out)
-        model, prompt = load(out, machine.device), {"stdlib": "def "}.get(meta["name"].split("-")[0], "")
-        print(f"\nA sample of {whole(out)}:\n\n{prompt}", end="")
+        model = load(out, machine.device)
+        opening = 16 if val.mask is None else (val.mask[:] & LEARNED).argmax()      # or the first example's prompt
+        prompt = tokenizer.decode(val.tokens[:opening].tolist())
+        print(f"\nHow the validation text begins, and how {out / 'best'} goes on:\n\n{prompt}", end="", flush=True)
         stream = sample.continuations(model, tokenizer, prompt, seed=cfg.seed, max_new_tokens=20 if cfg.smoke else 200,
                                       temperature=0.8, top_p=0.95)
         for text in sample.pieces(tokenizer, (int(i) for i in stream), tokenizer.eos_ids):
             print(text, end="", flush=True)
-        print(f"\n\nMore: python sample.py {cfg.out} --prompt \"{prompt}\"")
+        print(f"\n\nMore: python sample.py {cfg.out} --prompt TEXT")
     if dist.is_initialized():
         dist.destroy_process_group()
 

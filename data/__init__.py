@@ -9,7 +9,8 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse with the script's docstring as help, and one sentence instead of a page when a flag is wrong."""
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
 
     def parse_args(self, argv=None, namespace=None):
         self._given = sys.argv[1:] if argv is None else argv

@@ -84,8 +84,8 @@ def documents(files, skipped):
         for place, parts in rows:
             kinds.setdefault("examples" if isinstance(parts, tuple) else "text", place)
             if len(kinds) == 2:
-                raise UserError(f"{kinds['text']} is text and {kinds['examples']} is a prompt and its response: make two "
-                                "datasets of them (two --name)")
+                raise UserError(f"{kinds['text']} is text and {kinds['examples']} is a prompt and its response: make "
+                                "two datasets of them (two --name)")
             yield place, parts
 
 

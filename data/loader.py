@@ -1,7 +1,7 @@
 """Batches out of a prepared data directory, memory-mapped: training reads a corpus larger than memory.
 
-Row n of a run is a pure function of (seed, n), and step s of batch size B takes rows s * B ... s * B + B - 1. So nothing
-has to be stored to resume, and ranks or accumulation only choose which of a step's rows they read.
+Row n of a run is a pure function of (seed, n), and step s of batch size B takes rows s * B ... s * B + B - 1. So there
+is nothing to store for resuming, and ranks or accumulation only choose which of a step's rows they read.
 """
 import json
 from collections import namedtuple
@@ -21,9 +21,9 @@ Batch = namedtuple("Batch", "ids targets segments")     # (B, T) int64 each; seg
 class Windows:
     """One split cut into windows of `context` tokens and the token after each.
 
-    Plain text: window w of an epoch is tokens[shift + w * context:], each token learned once an epoch, the order and the
-    shift new in each. Prompts and responses: whole examples, packed as many as fit; one longer than the window begins a
-    window and is cut (`truncated` counts them). Raises UserError if the split is shorter than one window.
+    Plain text: window w of an epoch begins at token shift + w * context, so each token is learned once an epoch; order
+    and shift are new in each. Prompts and responses: whole examples, as many as fit; one longer than the window begins
+    a window and is cut (`truncated` counts them). Raises UserError if the split is shorter than one window.
     """
     def __init__(self, directory, split, context):
         directory = Path(directory)
@@ -36,8 +36,8 @@ class Windows:
             self.mask = np.memmap(directory / f"{split}.mask.bin", dtype=np.uint8, mode="r")
             self._pack(np.flatnonzero(self.mask & FIRST), length)
         elif length < context + 1:
-            raise UserError(f"the {split} split of {directory.name} has {length} tokens, fewer than one window of {context} "
-                            "and the token after it: give it more text or lower --context")
+            raise UserError(f"the {split} split of {directory.name} has {length} tokens, less than one window of "
+                            f"{context} and the token after it: give it more text or lower --context")
         else:
             self.starts, self.ends = np.arange(0, length - 1, context), None
         # An epoch's windows, shifted by up to one window, must end inside the text, whatever the shift.
@@ -49,14 +49,15 @@ class Windows:
         bounds = np.append(firsts, length)
         if len(firsts) == 0:
             raise UserError("the split has no examples: give it more data")
-        self.starts, self.ends, i = [], [], 0
+        starts, ends, i = [], [], 0
         while i < len(firsts):
             j = np.searchsorted(bounds, bounds[i] + self.context + 1, side="right") - 1   # examples i ... j - 1 fit
             self.truncated += int(j <= i)
             j = max(j, i + 1)
-            self.starts.append(bounds[i])
-            self.ends.append(min(bounds[j], bounds[i] + self.context + 1))
+            starts.append(bounds[i])
+            ends.append(min(bounds[j], bounds[i] + self.context + 1))
             i = j
+        self.starts, self.ends = np.array(starts), np.array(ends)
 
     def _rows(self, starts, ends):
         B, T = len(starts), self.context
@@ -87,12 +88,11 @@ class Windows:
         return self._rows(starts, ends)
 
     def evaluation_batches(self, batch_size, max_tokens=None):
-        """Every window of the split once, in order; with max_tokens, as many as hold that many, spread over the split."""
+        """Every window of the split once, in order; or as many as hold max_tokens, spread over the split."""
         chosen = np.arange(len(self.starts))
         if max_tokens and len(chosen) * self.context > max_tokens:
             chosen = np.linspace(0, len(chosen) - 1, max(1, max_tokens // self.context)).astype(int)
         for i in range(0, len(chosen), batch_size):
-            w = chosen[i:i + batch_size]
-            starts = self.starts[w] if self.ends is None else [self.starts[j] for j in w]
-            ends = np.minimum(starts + self.context + 1, len(self.tokens)) if self.ends is None else [self.ends[j] for j in w]
-            yield self._rows(starts, ends)
+            starts = self.starts[chosen[i:i + batch_size]]
+            yield self._rows(starts, np.minimum(starts + self.context + 1, len(self.tokens)) if self.ends is None
+                             else self.ends[chosen[i:i + batch_size]])
