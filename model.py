@@ -193,14 +193,19 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
+def embedding(rows, size):
+    # nn.Embedding's own normal_() imports torch's compiler when load() builds on the meta device: three seconds
+    return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
+
+
 class Body(nn.Module):
     """Embedding, blocks and final norm: ids (B, T) to hidden states (B, T, C)."""
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         if config.learned_positions:
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = norm(config)
         # Plain attributes: buffers would be rounded by model.to(bfloat16), and tables of cos and sin cost memory.
@@ -285,16 +290,17 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator=None):
-        """Random weights: matrices with std 1/sqrt(fan in) keep the scale of their input, the projections that write to
-        the residual stream start at zero (each block is the identity at first), a small head (loss ln V)."""
+        """Random weights: embeddings with std 1, matrices with std 1/sqrt(fan in), which keeps the scale of their input.
+        The head and the projections that write to the residual stream start at zero: loss ln V, blocks the identity.
+        An embedding that is the head too starts small instead."""
+        embedding = 0.02 if self.config.tie_word_embeddings else 1.0
         for name, p in self.named_parameters():
             if p.ndim == 1:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
                 p.zero_()
             else:
-                p.normal_(0.0, 1.0 if "embed" in name else 0.02 if "lm_head" in name else p.shape[1] ** -0.5,
-                          generator=generator)
+                p.normal_(0.0, embedding if "embed" in name else p.shape[1] ** -0.5, generator=generator)
         return self
 
     # --- counts ---

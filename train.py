@@ -54,9 +54,9 @@ class TrainConfig:
     batch_size: int = 8             # windows a step, over all processes
     micro_batch: int = 0            # windows a process holds at once; 0: its whole share, more are accumulated
     optimizer: str = "muon"         # muon (matrices by Muon, the rest by AdamW) or adamw (all)
-    lr: float = 0.004               # peak learning rate of the output head and the vectors (adamw: of matrices too)
-    embed_lr: float = 0.05          # peak learning rate of the embedding
-    matrix_lr: float = 0.02         # peak learning rate of Muon
+    lr: float = 0.015               # peak learning rate of the output head and of vectors
+    embed_lr: float = 0.15          # peak learning rate of the embedding (with --tie: --lr)
+    matrix_lr: float = 0.02         # peak learning rate of the matrices (with --optimizer adamw: 0.003)
     weight_decay: float = 0.0       # of matrices, decoupled
     beta1: float = 0.9              # AdamW's first decay
     beta2: float = 0.95             # AdamW's second decay
@@ -80,7 +80,7 @@ class TrainConfig:
 
 
 # Where --init-from starts, small steps of all weights keep what was learned.
-FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, decay=1.0)
+FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, decay=1.0)
 SMOKE = dict(steps=6, layers=2, width=32, heads=2, context=64, batch_size=4, evals=2, eval_tokens=2048, warmup=2)
 
 
@@ -96,7 +96,8 @@ def parse(config_class, description, argv=None):
         else:
             parser.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, help=help)
     given = vars(parser.parse_args(argv))
-    preset = {**(FINE_TUNE if given.get("init_from") else {}), **(SMOKE if given.get("smoke") else {})}
+    preset = {**({"matrix_lr": 0.003} if given.get("optimizer") == "adamw" else {}),
+              **(FINE_TUNE if given.get("init_from") else {}), **(SMOKE if given.get("smoke") else {})}
     return config_class(**{**preset, **given}), set(given)
 
 
@@ -261,8 +262,11 @@ class Muon(torch.optim.Optimizer):
                                     alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def orthogonalize(x, steps=5):
-    """About U V^T of each x = U S V^T, x (n, rows, columns), by Newton-Schulz iterations with Jordan's coefficients."""
+def orthogonalize(x, steps=3):
+    """About U V^T of each x = U S V^T, x (n, rows, columns), by Newton-Schulz iterations with Jordan's coefficients.
+
+    Three, not his five: at widths of 128 the loss after equal steps was the same, and a step 8 % faster on a CPU.
+    """
     x = x.bfloat16() if x.is_cuda else x.float()
     transposed = x.shape[1] > x.shape[2]
     if transposed:
@@ -280,11 +284,12 @@ def make_optimizers(model, loss_fn, cfg):
     extra = loss_fn.named_parameters() if isinstance(loss_fn, nn.Module) else ()
     for name, p in itertools.chain(model.named_parameters(), extra):
         if p.requires_grad:
-            (embeddings if "embed" in name else matrices if p.ndim > 1 and ".layers." in name else rest).append(p)
+            embedding = "embed" in name and not model.config.tie_word_embeddings         # a tied one is the head too
+            (embeddings if embedding else matrices if p.ndim > 1 and ".layers." in name else rest).append(p)
     groups = [dict(params=embeddings, lr=cfg.embed_lr, weight_decay=0.0),
               dict(params=rest, lr=cfg.lr, weight_decay=0.0)]
     if cfg.optimizer == "adamw":
-        groups.append(dict(params=matrices, lr=cfg.lr, weight_decay=cfg.weight_decay))
+        groups.append(dict(params=matrices, lr=cfg.matrix_lr, weight_decay=cfg.weight_decay))
     groups = [g for g in groups if g["params"]]
     optimizers = [torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=1e-10, fused=True)]
     if cfg.optimizer == "muon" and matrices:
@@ -390,7 +395,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
             for g in o.param_groups:
                 g["lr"] = g["peak"] * factor
         torch.manual_seed((cfg.seed * 10 ** 9 + step) * 10 ** 4 + machine.rank)        # dropout
-        sums = torch.zeros(2, dtype=torch.float64)                           # loss, supervised tokens
+        sums = torch.zeros(2, device=device)                                 # loss, supervised tokens
         metrics = collections.defaultdict(float)
         first = step * cfg.batch_size + machine.rank * share
         for row in range(first, first + share, micro):
@@ -400,7 +405,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
             with autocast, contextlib.nullcontext() if last or machine.size == 1 else forward.no_sync():
                 loss, count, extra = forward(batch)
                 scaler.scale(loss / unit).backward()
-            sums += torch.stack((loss.detach().double(), torch.as_tensor(count).double())).cpu()
+            sums += torch.stack((loss.detach().float(), count.float()))
             for k, v in extra.items():
                 metrics[k] += float(v)
         loss, count = all_sum(machine, sums).tolist()
