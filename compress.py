@@ -1,13 +1,13 @@
 """Makes a trained model smaller by a chain of steps, read left to right, and writes the result.
 
-    python compress.py out gguf:q8_0 --out model.gguf          # for llama.cpp, Ollama and others; needs pip install gguf
+    python compress.py out gguf:q8_0 --out model.gguf               # for llama.cpp, Ollama, ...; needs pip install gguf
     python compress.py out gguf:f16 --out model.gguf --overwrite
 
 A step is written name[:value][:method]:
 
     gguf:f32|f16|q8_0|q4_0     the model and its tokenizer in one GGUF file. The last step: its --out is a file
 """
-import contextlib, dataclasses, difflib, errno, os, shutil, typing
+import contextlib, dataclasses, difflib, errno, json, os, shutil, typing
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ def parse_chain(texts):
     """The steps of a chain, in order. Raises UserError before any of them has done work."""
     steps = [parse(text) for text in texts]
     if any(step.name == "gguf" for step in steps[:-1]):
-        raise UserError("gguf must be the last step: what it writes is a file for other programs, not a model directory")
+        raise UserError("gguf must be the last step: it writes a file for other programs, not a model directory")
     return steps
 
 
@@ -188,41 +188,57 @@ def gguf_metadata(writer, gguf, config, kind):
     return context
 
 
+def word_regex(data):
+    """The regex by which a tokenizer.json cuts text into words, or None where it is not byte-level BPE with one."""
+    pre, model = data.get("pre_tokenizer") or {}, data["model"]
+    *first, last = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or "merges" not in model:
+        return None
+    if last.get("use_regex", True):
+        digits = [s.get("type") for s in first] == ["Digits"] and first[0].get("individual_digits")
+        return GPT2 if not first else GPT2_DIGITS if digits else None
+    # words kept and the rest removed: the same, where the regex leaves no rest
+    whole_text = [("Isolated", False), ("Removed", True)]
+    if len(first) == 1 and (first[0].get("behavior"), first[0].get("invert", False)) in whole_text:
+        return first[0]["pattern"].get("Regex")
+    return None
+
+
 def gguf_tokenizer(writer, gguf, tokenizer, size):
     """The vocabulary of `size` ids, merges, special tokens and chat template. Raises UserError if llama.cpp has no
     pre-tokenizer like this tokenizer's, or the model too few ids."""
-    pattern = getattr(tokenizer, "pattern", None)
-    if pattern not in PRE_TOKENIZERS:
-        raise UserError(f"gguf: the tokenizer's pre-tokenizer ({pattern or type(tokenizer).__name__}) is none of those "
-                        f"known to llama.cpp by a name here ({', '.join(PRE_TOKENIZERS.values())})")
+    data, regex = tokenizer.data, word_regex(tokenizer.data)
+    if regex not in PRE_TOKENIZERS:
+        raise UserError(f"gguf: the tokenizer's pre-tokenizer ({regex or json.dumps(data.get('pre_tokenizer'))[:200]}) "
+                        f"is none of those with a name in llama.cpp ({', '.join(PRE_TOKENIZERS.values())})")
     if tokenizer.vocab_size > size:
         raise UserError(f"gguf: the tokenizer has {tokenizer.vocab_size} ids, the model only {size}")
+    if data.get("normalizer"):
+        print("llama.cpp does not normalize text as this tokenizer does: what is not in that form gets other ids")
     tokens = [f"[PAD{i}]" for i in range(size)]
     kinds = [gguf.TokenType.UNUSED] * size
-    for token, i in tokenizer.data["model"]["vocab"].items():
+    for token, i in data["model"]["vocab"].items():
         tokens[i], kinds[i] = token, gguf.TokenType.NORMAL
-    for added in tokenizer.data.get("added_tokens") or []:
-        special = added.get("special")
+    for added in data.get("added_tokens") or []:                # these are not spelled in the byte alphabet
         tokens[added["id"]] = added["content"]
-        kinds[added["id"]] = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
+        kinds[added["id"]] = gguf.TokenType.CONTROL if added.get("special") else gguf.TokenType.USER_DEFINED
     ids = {token: i for i, token in enumerate(tokens)}
 
     def named(key):
         name = tokenizer.config.get(key)
         return ids.get(name.get("content") if isinstance(name, dict) else name, tokenizer.eos_id)
 
-    post = tokenizer.data.get("post_processor") or {}
-    templates = [p["single"] for p in post.get("processors", [post]) if p.get("type") == "TemplateProcessing"]
     writer.add_tokenizer_model("gpt2")                          # byte-level BPE, whoever's
-    writer.add_tokenizer_pre(PRE_TOKENIZERS[pattern])
+    writer.add_tokenizer_pre(PRE_TOKENIZERS[regex])
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer.data["model"]["merges"]])
-    writer.add_bos_token_id(named("bos_token"))                 # none: an end of text is also what comes before one
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]])
+    adds_bos = tokenizer.bos_id is not None
+    writer.add_add_bos_token(adds_bos)
+    # Without a name: an end of text is also what comes before one. (llama.cpp's default is id 11.)
+    writer.add_bos_token_id(tokenizer.bos_id if adds_bos else named("bos_token"))
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(named("pad_token"))
-    writer.add_add_bos_token(any("SpecialToken" in t[0] for t in templates if t)
-                             or bool(tokenizer.config.get("add_bos_token")))
     writer.add_chat_template(tokenizer.chat_template)
 
 

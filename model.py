@@ -611,7 +611,7 @@ def save(model, directory, tokenizer=None, extra=None):
         raise UserError(f"{directory} is there and holds something else than a model: give another directory")
     config = config_to_hub(model.config)
     if tokenizer is not None:
-        config.update(bos_token_id=None, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
+        config.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
     config.update(history=model.history, dtype=str(model.lm_head.weight.dtype)[6:])
     tensors = {name: t.detach().to("cpu").contiguous() for name, t in model.state_dict().items()}
     if model.config.tie_word_embeddings:

@@ -129,7 +129,7 @@ def pieces(tokenizer, ids, stop=()):
 
 def continuations(model, tokenizer, prompt, samples=1, seed=None, **options):
     """Lists of new ids, one per sample, for a text. `options` as in generate and next_token."""
-    ids = tokenizer.encode(prompt, special=True) or [tokenizer.eos_id]         # nothing: the start of a document
+    ids = tokenizer.encode(prompt, special=True, bos=True) or [tokenizer.eos_id]     # nothing: the start of a document
     device = next(model.parameters()).device
     generator = torch.Generator(device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -196,7 +196,7 @@ def main(argv=None):
     device = pick_device(args.device)
     model = load(directory, device, torch.float32 if device.type == "cpu" else None)    # a CPU is slow at 16 bits
     tokenizer = Tokenizer.load(directory)
-    count, window = len(tokenizer.encode(prompt, special=True)), model.config.max_position_embeddings
+    count, window = len(tokenizer.encode(prompt, special=True, bos=True)), model.config.max_position_embeddings
     if count > window:
         print(f"the prompt has {count} tokens, the window {window}: only the last {window} are read", file=sys.stderr)
     start, stamps = time.perf_counter(), []

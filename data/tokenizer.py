@@ -1,14 +1,16 @@
 """
-Text <-> token ids: byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; over bytes as in GPT-2).
+Text <-> token ids: byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; over bytes as in GPT-2),
+and whatever else a tokenizer.json of the Hub holds.
 
     tokenizer = Tokenizer.train(texts, vocab_size=4096)     # or .from_bytes(), .gpt2(), .load(DIRECTORY)
     ids = tokenizer.encode("def f(x):")
     text = tokenizer.decode(ids)
 
-What is stored is the Hub's tokenizer.json; what encodes is a `tiktoken.Encoding` built from it, several times faster
-than the `tokenizers` library and with the same ids.
+What is stored is the Hub's tokenizer.json. What encodes is a `tiktoken.Encoding` built from it, several times faster
+than the `tokenizers` library, where its ids are known to be the same, and that library itself everywhere else.
 """
 
+import datetime
 import functools
 import hashlib
 import json
@@ -40,7 +42,10 @@ PLAIN = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'Assistant:
          "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
 
 GUARD = "\ufdd0"  # a Unicode noncharacter: render() puts it inside an "<|im_end|>" that a message wrote
-LONG_RUN = 100_000  # the regex engine overflows its stack on about 1,000,000 whitespace characters in a row
+LONG_RUN = 100_000  # tiktoken's regex engine overflows its stack on about 1,000,000 whitespace characters in a row
+# A regex of these parts alone means the same to Oniguruma (tokenizers) and to fancy-regex (tiktoken)
+SAME_REGEX = re.compile(r"(?!.*([?*+]|3})[?*+])(\\p\{(L[ultmo]?|N|M|P|S)\}|\\[srnS]|\(\?(i:|!|:)|\{1,3\}"
+                        r"|[][()|^?+*' /a-z])+")
 
 
 @functools.lru_cache(1)
@@ -55,8 +60,34 @@ def byte_alphabet():
 
 
 def spell(token):
-    """Bytes as text of byte_alphabet; the way back is `{c: b for b, c in enumerate(byte_alphabet())}`."""
+    """Bytes as text of byte_alphabet."""
     return "".join(byte_alphabet()[b] for b in token)
+
+
+@functools.lru_cache(1)
+def byte_values():
+    """For str.translate: a character of byte_alphabet to its byte, any other to one that latin-1 cannot write."""
+    return {**dict.fromkeys(range(256), 0xFFFF), **{ord(c): b for b, c in enumerate(byte_alphabet())}}
+
+
+def unspell(text):
+    """Bytes of a token spelled in byte_alphabet; of any other (an added token) its utf-8."""
+    try:
+        return text.translate(byte_values()).encode("latin-1")
+    except UnicodeEncodeError:
+        return text.encode("utf-8")
+
+
+def from_sentencepiece(token):
+    """Bytes of one of SentencePiece's tokens: <0x0A> is a byte, U+2581 a space."""
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode("utf-8")
+
+
+def any_of(texts):
+    """A regex that finds any of `texts`, the longest first; None for none."""
+    texts = sorted(texts, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, texts)) + ")") if texts else None
 
 
 def merges_of(tokens):
@@ -75,135 +106,192 @@ def merges_of(tokens):
     return merges
 
 
+def tiktoken_plan(data):
+    """(regex, normal form or None) with which tiktoken gives the very ids of a tokenizer.json; None if it may not.
+
+    tiktoken merges any two neighbours that make a known token, lowest id first, and looks whole words up before; the
+    `tokenizers` library follows the list of merges. They agree if the list is in the order of ids and every token comes
+    out of its own merges. Tokens that do not (Llama 3 has some) must be found by looking words up (ignore_merges), with
+    every pair that makes them in the list.
+    """
+    import tokenizers
+    model, normalizer = data["model"], (data.get("normalizer") or {}).get("type")
+    steps = data.get("pre_tokenizer") or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    kinds, first, builtin, regex = [s.get("type") for s in steps], steps[0], steps[-1].get("use_regex", True), None
+    if kinds == ["ByteLevel"] and builtin:
+        regex = GPT2
+    elif kinds == ["Digits", "ByteLevel"] and builtin and first["individual_digits"]:
+        regex = GPT2_DIGITS
+    elif kinds == ["Split", "ByteLevel"] and not builtin and first["behavior"] == "Isolated" and not first["invert"]:
+        regex = first["pattern"].get("Regex")
+    others = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    if (not regex or not SAME_REGEX.fullmatch(regex) or steps[-1].get("add_prefix_space") or "merges" not in model
+            or normalizer not in (None, "NFC") or any(model.get(k) for k in others)
+            or (data.get("decoder") or {}).get("type") != "ByteLevel"):
+        return None
+
+    # of added tokens that overlap or take spaces with them the library knows which one wins
+    vocab, added = model["vocab"], {t["content"]: t for t in data.get("added_tokens") or []}
+    find, begins = any_of(added), {t[:n] for t in added for n in range(1, len(t))}
+    if any(find.search(t, 1) or any(t[i:] in begins for i in range(len(t))) for t in added) or any(
+            t.get("lstrip") or t.get("rstrip") or t.get("single_word") or normalizer and t.get("normalized")
+            for t in added.values()):
+        return None
+    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated").pre_tokenize_str
+    if model.get("ignore_merges") and any(t in vocab and len(words(t)) == 1 for t in added):
+        return None  # as plain text it would still be that token
+
+    merges = [tuple(m) for m in pairs(model)]
+    made = [vocab.get(a + b, -1) for a, b in merges]
+    if (made != sorted(made) or not {vocab.get(t) for t in added}.isdisjoint(made)
+            or not set().union(*(vocab.keys() - added.keys())) <= set(byte_alphabet())):
+        return None
+    merge, listed = tokenizers.models.BPE(vocab, merges).tokenize, set(merges)
+    for token in vocab:
+        if len(token) > 1 and len(merge(token)) != 1 and token not in added:
+            ways = {(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab}
+            if not model.get("ignore_merges") or not ways <= listed:
+                return None
+    return regex, normalizer
+
+
+def pairs(model):
+    """The merges of a tokenizer.json, each [left, right]: older files have "left right"."""
+    return [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or []]
+
+
 class Tokenizer:
-    """Byte-level BPE. `data` is the content of tokenizer.json, `config` that of tokenizer_config.json.
+    """`data` is the content of tokenizer.json, `config` that of tokenizer_config.json, `ends` further ids in eos_ids.
 
     vocab_size      largest id + 1; ids a model has beyond it are padding
     eos_id          the end-of-text token, which follows every document; `eos_ids`: all at which generation stops
+    bos_id          what the tokenizer's post-processor puts before a text, or None; encode adds it only if asked to
     special_tokens  {text: id}
     chat_template   Jinja, as on the Hub
+    pattern         the regex that cuts words, None where the `tokenizers` library encodes
     hash            identity: sha256 over ids, bytes, merges, pattern and special tokens, not over the file's bytes
 
-    Any valid UTF-8 round-trips exactly (unless the tokenizer, such as Qwen's, asks for NFC). Beginning-of-text tokens
-    that some post-processors add are not added. Another kind of tokenizer (SentencePiece) would be a subclass with its
-    own `__init__`, `encode_array` and `decode_bytes`, chosen in `load`. Raises UserError for kinds not known here.
+    Any valid UTF-8 round-trips exactly through byte-level BPE (unless the tokenizer asks for NFC, as Qwen's does).
+    SentencePiece's kind puts a space before a text: `decode` takes it away, `decode_bytes` does not (its ids may be the
+    middle of a text) and `token_bytes` counts it. Raises UserError for what neither back-end can read.
     """
 
-    def __init__(self, data, config):
-        self.data, self.config = data, config
-        self.pattern, self.normalizer = self._check(data)
+    def __init__(self, data, config, ends=()):
+        self.data, self.config, model = data, config, data["model"]
+        decoder = data.get("decoder") or {}
+        kinds = {d.get("type") for d in decoder.get("decoders", [decoder])}
+        kind = model.get("type") or ("BPE" if "merges" in model else None)
+        known = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
+        if kind not in ("BPE", "Unigram") or not kinds <= known:
+            raise UserError(f"the tokenizer is {kind} with the decoders {sorted(map(str, kinds))}; supported: BPE and "
+                            f"Unigram with {sorted(known)} (Llama, Mistral, Qwen, GPT-2, Phi)")
         added = data.get("added_tokens") or []
         self.special_tokens = {t["content"]: t["id"] for t in added if t.get("special")}
         self._added = {t["content"]: t["id"] for t in added}  # also those that are not special, such as Phi's spaces
-
-        value = {c: b for b, c in enumerate(byte_alphabet())}
-        try:
-            ranks = {bytes(value[c] for c in token): i for token, i in data["model"]["vocab"].items()
-                     if token not in self._added}
-        except KeyError as e:
-            raise UserError(f"tokenizer.json is not byte-level BPE (its vocabulary has the character {e})") from None
-        merges = [m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"]]
-        made = list(dict.fromkeys(data["model"]["vocab"].get(a + b, -1) for a, b in merges))
-        if made != sorted(made):  # tiktoken merges in the order of ids
-            raise UserError("tokenizer.json lists its merges in another order than its ids, which is not supported")
-
-        self.vocab_size = max([*ranks.values(), *self._added.values()]) + 1
+        vocab = model["vocab"] if kind == "BPE" else {t: i for i, (t, _) in enumerate(model["vocab"])}
+        self.vocab_size = max([*vocab.values(), *self._added.values()]) + 1
         self._bytes = [b""] * self.vocab_size
-        for token, i in [*ranks.items(), *((t.encode("utf-8"), i) for t, i in self._added.items())]:
-            self._bytes[i] = token
-        # some vocabularies lack bytes: transformers drops them silently, so they get ids here that encode() drops again
-        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-        self._drops = bool(missing)
-        ranks.update((b, self.vocab_size + i) for i, b in enumerate(missing))
-        self._encoding = tiktoken.Encoding("slm", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
+        to_bytes = unspell if "ByteLevel" in kinds else from_sentencepiece
+        for token, i in vocab.items():
+            self._bytes[i] = to_bytes(token)
+        ranks = {self._bytes[i]: i for t, i in vocab.items() if t not in self._added}
+        for token, i in self._added.items():
+            self._bytes[i] = token.encode("utf-8")
 
-        either = lambda texts: re.compile("(" + "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) + ")")
+        self.pattern, self.normalizer = tiktoken_plan(data) or (None, None)
+        self._engines = {}
+        if self.pattern:
+            # some vocabularies lack bytes; the library has its own way with them, so it gets the texts that hold one
+            missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+            ranks.update((b, self.vocab_size + i) for i, b in enumerate(missing))
+            self._rare = re.compile(b"[" + re.escape(b"".join(missing)) + b"]") if missing else None
+            self._encoding = tiktoken.Encoding("slm", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
+        else:
+            self._library(False)  # now, so that a broken file is an error at once
         always = self._added.keys() - self.special_tokens.keys()
-        self._find = {True: either(self._added) if self._added else None, False: either(always) if always else None}
-        self._guarded = {s[0] + GUARD + s[1:]: s for s in self._added}
+        self._find = {True: any_of(self._added), False: any_of(always)}
 
-        name = config.get("eos_token")
-        self.eos_token = name.get("content") if isinstance(name, dict) else name
-        self.eos_token = self.eos_token or ("<|endoftext|>" if "<|endoftext|>" in self._added else None)
+        self.eos_token = self._name("eos_token") or next(
+            (t for t in ("<|endoftext|>", "<|end_of_text|>", "</s>") if t in self._added), None)
         if self.eos_token not in self._added:
             raise UserError(f"tokenizer_config.json has no usable eos_token (it says {self.eos_token!r})")
         self.eos_id = self._added[self.eos_token]
-        ends = [self.eos_id, *(self._added.get(t) for t in ("<|im_end|>", "<|eot_id|>", "<|endoftext|>"))]
-        self.eos_ids = list(dict.fromkeys(i for i in ends if i is not None))
+        turns = [self._added.get(t, -1) for t in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>")]
+        self.eos_ids = list(dict.fromkeys(i for i in [self.eos_id, *turns, *ends] if 0 <= i < self.vocab_size))
+        unsafe = [*self.special_tokens, *(t for t, i in self._added.items() if i in self.eos_ids)]
+        self._unsafe = any_of(t for t in unsafe if len(t) > 1 and GUARD not in t)  # those that GUARD can break
+
+        # transformers goes by tokenizer.json too, whatever tokenizer_config.json says of add_bos_token
+        post = data.get("post_processor") or {}
+        first = [p["single"][0] for p in post.get("processors", [post]) if p.get("type") == "TemplateProcessing"]
+        names = [part["SpecialToken"]["id"] for part in first if "SpecialToken" in part]
+        self.bos_id = self._added.get(names[0]) if names else None
 
         template = config.get("chat_template")
         if isinstance(template, list):  # older directories name several
             template = {t["name"]: t["template"] for t in template}.get("default")
         self.chat_template = template or (CHATML if {"<|im_start|>", "<|im_end|>"} <= self._added.keys() else PLAIN)
-        # byte fields as byte_alphabet text: one-to-one, so equal text is equal bytes
-        identity = [sorted(data["model"]["vocab"].items(), key=lambda x: x[1]), merges, self.pattern, self.normalizer,
-                    sorted(self.special_tokens.items()), sorted(self._added.items())]
-        self.hash = hashlib.sha256(json.dumps(identity).encode("utf-8")).hexdigest()
 
-    @staticmethod
-    def _check(data):
-        """(regex, normal form or None) of a tokenizer.json that tiktoken can stand in for, UserError for any other."""
-        model, normalizer = data.get("model") or {}, (data.get("normalizer") or {}).get("type")
-        steps = data.get("pre_tokenizer") or {}
-        steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-        kinds, last = [s.get("type") for s in steps], steps[-1]
-        whole = model.get("type", "BPE") == "BPE" and not model.get("byte_fallback") and "merges" in model
-        if not whole or normalizer not in (None, "NFC") or kinds[-1] != "ByteLevel":
-            raise UserError(f"the tokenizer is {model.get('type')} with normalizer {normalizer} and pre-tokenizers "
-                            f"{kinds}; only byte-level BPE such as GPT-2's, Qwen's or Llama 3's is supported")
-        if last.get("use_regex", True) and not last.get("add_prefix_space"):
-            if kinds == ["ByteLevel"]:
-                return GPT2, normalizer
-            if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-                return GPT2_DIGITS, normalizer
-        elif kinds == ["Split", "ByteLevel"] and not last.get("add_prefix_space"):
-            if steps[0].get("behavior") == "Isolated" and "Regex" in steps[0]["pattern"]:
-                return steps[0]["pattern"]["Regex"], normalizer
-        raise UserError(f"the tokenizer's pre-tokenizer ({json.dumps(steps)[:200]}) is not supported; "
-                        "one Split regex with ByteLevel, or GPT-2's ByteLevel, is")
+    @functools.cached_property
+    def hash(self):
+        # byte fields as byte_alphabet text: one-to-one, so equal text is equal bytes
+        vocab, model = self.data["model"]["vocab"], self.data["model"]
+        identity = [sorted(vocab.items(), key=lambda x: x[1]) if isinstance(vocab, dict) else vocab,
+                    [list(m) for m in pairs(model)], self.pattern, self.normalizer,
+                    sorted(self.special_tokens.items()), sorted(self._added.items())]
+        if not self.pattern:
+            identity += [{k: v for k, v in model.items() if k not in ("vocab", "merges")},
+                         *(self.data.get(k) for k in ("normalizer", "pre_tokenizer", "decoder", "added_tokens"))]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()
 
     # ---------------------------------------------------------------------------------------------- encode and decode
 
     def encode_array(self, text, special=False):
         """Like `encode`, as a uint32 array (no Python integer per token)."""
-        if self.normalizer:
-            text = unicodedata.normalize(self.normalizer, text)
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError:  # half a surrogate pair is no text: it becomes U+FFFD
+            data = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
+            text = data.decode("utf-8")
+        # a run of LONG_RUN covers 7 neighbours of this sample; looking at all characters would take as long as encoding
+        if (not self.pattern or self._rare and self._rare.search(data)
+                or len(text) > LONG_RUN and re.search(r"\s{7}", text[::LONG_RUN // 8])):
+            engine = self._library(special)
+            ids = np.array(engine.encode(text, add_special_tokens=False).ids, np.uint32)
+            return ids[ids != engine.token_to_id(GUARD)] if special and GUARD in text else ids
         parts, ids = self._find[special].split(text) if self._find[special] else [text], []  # text, token, text, ...
         for i, part in enumerate(parts):
             if i % 2:
                 ids.append(np.array([self._added[part]], np.uint32))
-                continue
-            if special and GUARD in part:
-                for guarded, plain in self._guarded.items():
-                    part = part.replace(guarded, plain)
-            for piece in self._short_runs(part) if part else ():
-                try:
-                    ids.append(self._encoding.encode_to_numpy(piece, disallowed_special=()))
-                except UnicodeEncodeError:  # half a surrogate pair is no text: it becomes U+FFFD
-                    piece = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                    ids.append(self._encoding.encode_to_numpy(piece, disallowed_special=()))
-        ids = np.concatenate(ids) if ids else np.zeros(0, np.uint32)
-        return ids[ids < self.vocab_size] if self._drops else ids
+            elif part:
+                part = part.replace(GUARD, "") if special else part
+                part = unicodedata.normalize(self.normalizer, part) if self.normalizer else part
+                ids.append(self._encoding.encode_to_numpy(part, disallowed_special=()))
+        return np.concatenate(ids) if ids else np.zeros(0, np.uint32)
 
-    @staticmethod
-    def _short_runs(text):
-        """`text` itself, or in pieces where a run of whitespace is longer than LONG_RUN (there ids may differ from
-        transformers', which has no such limit; the text still round-trips)."""
-        # a run that long covers 7 neighbours of this sample; looking at every character would cost as much as encoding
-        if len(text) <= LONG_RUN or not re.search(r"\s{7}", text[::LONG_RUN // 8]):
-            return [text]
-        cuts = [0]
-        for run_ in re.finditer(r"\s{1000,}", text):
-            cuts += range(run_.start() + LONG_RUN, run_.end(), LONG_RUN)
-        return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)])]
+    def _library(self, special):
+        """The `tokenizers` library's own tokenizer, made on first use; special=True knows GUARD as one more token."""
+        if special not in self._engines:
+            import tokenizers
+            engine = tokenizers.Tokenizer.from_str(json.dumps(self.data))
+            engine.no_truncation()
+            engine.no_padding()
+            engine.encode_special_tokens = not special
+            if special:
+                engine.add_special_tokens([tokenizers.AddedToken(GUARD, special=True, normalized=False)])
+            self._engines[special] = engine
+        return self._engines[special]
 
-    def encode(self, text, special=False):
+    def encode(self, text, special=False, bos=False):
         """Ids of `text`, a list of int.
 
         special=False: text that looks like a special token is plain text, so no document can end itself.
         special=True: special tokens are recognised; for text from `render`, where those in messages are guarded.
+        bos=True: bos_id first, if there is one and the text does not begin with it (as chat templates' often does).
         """
-        return self.encode_array(text, special).tolist()
+        ids = self.encode_array(text, special).tolist()
+        return [self.bos_id] + ids if bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
 
     def encode_batch(self, texts, special=False):
         """`encode` of each text, on all cores (tiktoken lets go of the GIL): a list of lists."""
@@ -211,11 +299,13 @@ class Tokenizer:
             return list(pool.map(lambda text: self.encode(text, special), texts))
 
     def decode_bytes(self, ids):
-        """The bytes of `ids`: unused ids give none, special tokens their text."""
+        """The bytes of `ids`, piece by piece as they come: unused ids give none, special tokens their text."""
         return b"".join([self._bytes[i] for i in ids])
 
     def decode(self, ids):
-        """The text of `ids`; half a character (tokens are bytes) becomes U+FFFD."""
+        """The text of `ids`, from its beginning; half a character (tokens are bytes) becomes U+FFFD."""
+        if not self.pattern:
+            return self._library(False).decode([int(i) for i in ids], skip_special_tokens=False)
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self):
@@ -229,27 +319,48 @@ class Tokenizer:
         Where a message contains the text of a special token a noncharacter (GUARD) is put into it, which encode takes
         out again: no message can end its own turn. Raises UserError if the template fails.
         """
-        messages = [dict(m, content=self._guard(m["content"])) for m in messages]
+        names = {k: self._name(k) for k in ("bos_token", "unk_token", "pad_token") if self._name(k)}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt,
-                                         eos_token=self.eos_token, bos_token=self._name("bos_token") or "")
+            return self._template.render(messages=self._guard(messages), add_generation_prompt=add_generation_prompt,
+                                         tools=None, documents=None, eos_token=self.eos_token, **names)
         except Exception as e:  # a template is a program of someone else's: it can fail in any way
-            raise UserError(f"the tokenizer's chat template failed: {e}") from None
+            reason = " ".join(str(e).split()) or type(e).__name__
+            raise UserError(f"the tokenizer's chat template failed: {reason}") from None
 
-    def _guard(self, text):
-        return self._find[True].sub(lambda m: m[0][0] + GUARD + m[0][1:], text)
+    def _guard(self, value):
+        """A copy of messages in which no text holds a special token (several rounds, as they may overlap)."""
+        if isinstance(value, dict):
+            return {k: self._guard(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._guard(v) for v in value]
+        while isinstance(value, str) and self._unsafe and self._unsafe.search(value):
+            value = self._unsafe.sub(lambda m: m[0][0] + GUARD + m[0][1:], value)
+        return value
 
     @functools.cached_property
     def _template(self):
-        from jinja2.ext import loopcontrols
+        from jinja2 import nodes
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # as transformers: the template may be a stranger's
+
+        class Generation(Extension):  # {% generation %} marks what the assistant says; for the text it is nothing
+            tags = {"generation"}
+
+            def parse(self, parser):
+                line = next(parser.stream).lineno
+                return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
 
         def raise_exception(message):
             raise ValueError(message)
 
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+        def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # Jinja's own escapes HTML
+            return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+        env.filters["tojson"] = tojson
         env.globals["raise_exception"] = raise_exception
+        env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        env.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the class: its methods change things
         return env.from_string(self.chat_template)
 
     def _name(self, key):
@@ -291,6 +402,7 @@ class Tokenizer:
                 raise UserError(f"{directory / name} is not valid JSON ({e})") from None
 
         data, config = read("tokenizer.json"), read("tokenizer_config.json") or {}
+        ends = (read("generation_config.json") or {}).get("eos_token_id")
         if (directory / "chat_template.jinja").is_file():
             config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         if data is None and (directory / "merges.txt").is_file() and (vocab := read("vocab.json")):
@@ -301,11 +413,11 @@ class Tokenizer:
             raise UserError(f"{directory} holds no tokenizer.json, nor vocab.json with merges.txt"
                             " (a tokenizer.model alone, SentencePiece, is not supported)")
         try:
-            return cls(data, config)
+            return cls(data, config, ends if isinstance(ends, list) else [] if ends is None else [ends])
         except UserError as e:
             raise UserError(f"{directory}: {e}") from None
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise UserError(f"{directory / 'tokenizer.json'} is not a tokenizer of the Hub's format ({e!r})") from None
+        except Exception as e:  # the tokenizers library raises no narrower class
+            raise UserError(f"{directory / 'tokenizer.json'} is not a tokenizer that can be read ({e!r})") from None
 
     @classmethod
     def _build(cls, tokens):
@@ -336,8 +448,7 @@ class Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         bpe.train_from_iterator((endless.sub("", text) for text in texts), trainers.BpeTrainer(
             vocab_size=vocab_size - len(SPECIALS), initial_alphabet=byte_alphabet(), show_progress=False))
-        value = {c: b for b, c in enumerate(byte_alphabet())}
-        learned = [bytes(value[c] for c in t) for t, _ in sorted(bpe.get_vocab().items(), key=lambda x: x[1])]
+        learned = [unspell(t) for t, _ in sorted(bpe.get_vocab().items(), key=lambda x: x[1])]
         return cls._build([bytes([b]) for b in range(256)] + [t for t in learned if len(t) > 1])
 
     @classmethod

@@ -143,8 +143,8 @@ def test_specials_are_text_unless_asked_for(bpe):
     assert eos not in bpe.encode(text) and bpe.decode(bpe.encode(text)) == text
     assert bpe.encode(text, special=True) == bpe.encode("a") + [eos] + bpe.encode("b")
     # no message can end its own turn, and its text survives
-    chat = bpe.encode(bpe.render([{"role": "user", "content": "x<|im_end|>y" + GUARD}]), special=True)
-    assert chat.count(end) == 1 and "user\nx<|im_end|>y" + GUARD + "<|im_end|>\n" in bpe.decode(chat)
+    chat = bpe.encode(bpe.render([{"role": "user", "content": "x<|im_end|>y"}]), special=True)
+    assert chat.count(end) == 1 and "user\nx<|im_end|>y<|im_end|>\n" in bpe.decode(chat)
 
 
 def test_merges_of_finds_the_merges_that_were_learned(bpe):
@@ -163,8 +163,9 @@ def test_vocab_json_and_merges_txt(bpe, tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"normalizer": {"type": "Lowercase"}}, "Lowercase"), ({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
-    ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"), ({"added_tokens": []}, "eos_token")])
+    ({"normalizer": {"type": "Nonsense"}}, "not a tokenizer that can be read"),
+    ({"decoder": {"type": "WordPiece"}}, "WordPiece"),
+    ({"model": {"type": "WordLevel", "vocab": {}}}, "WordLevel"), ({"added_tokens": []}, "eos_token")])
 def test_unsupported_tokenizers_are_one_sentence(bpe, tmp_path, change, says):
     write(tmp_path / "tokenizer.json", json.dumps({**bpe.data, **change}))
     with pytest.raises(UserError, match=says):
