@@ -1,21 +1,30 @@
 """Makes a trained model smaller by a chain of steps, read left to right, and writes the result.
 
-    python compress.py out gguf:q8_0 --out model.gguf               # for llama.cpp, Ollama, ...; needs pip install gguf
+    python compress.py out int8 --out out-int8                      # about a quarter of the bytes
+    python compress.py out int4:32 --head-bits 8 --out out-int4     # about a sixth; embedding and head at 8 bits
+    python compress.py out int8 gguf:q8_0 --out model.gguf          # for llama.cpp, Ollama, ...; needs pip install gguf
     python compress.py out gguf:f16 --out model.gguf --overwrite
 
 A step is written name[:value][:method]:
 
-    gguf:f32|f16|q8_0|q4_0     the model and its tokenizer in one GGUF file. The last step: its --out is a file
+    int8                       weights become 8-bit integers, one scale for each row; rounded to nearest
+    int4[:32|64|128][:rtn]     4-bit integers, one scale for each group of 32 (or 64, 128) in a row; rounded to nearest
+    dequantize                 quantized layers become dense again (what rounding took away stays away)
+    gguf:f32|f16|q8_0|q4_0     the model and its tokenizer in one GGUF file. The last step: its --out is a file. Layers
+                               that are int8 or int4 go in as they are: int8 with gguf:q8_0, int4 with gguf:q4_0
+
+Biases, norms and learned positions stay float. All other steps write a model directory that sample.py reads.
 """
 import contextlib, dataclasses, difflib, errno, json, os, shutil, typing
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from data import Parser, UserError, run
 from data.tokenizer import GPT2, GPT2_DIGITS, QWEN2, Tokenizer
-from model import load, sync, whole
+from model import LAYERS, Int4Linear, QuantLinear, Transformer, checkpoint_hash, load, save, sync, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,6 +52,14 @@ def parse(text):
     if name == "gguf" and (value not in GGUF_TYPES or method):
         raise UserError(f"step {text!r}: gguf needs one of {', '.join(GGUF_TYPES)}, for example gguf:q8_0"
                         + (nearest(value, GGUF_TYPES) if difflib.get_close_matches(value, GGUF_TYPES) else ""))
+    if name in ("int8", "dequantize") and (value or method):
+        raise UserError(f"step {text!r}: {name} has no value and no method")
+    if name == "int4":
+        if value and not value.isdigit() and not method:        # int4:rtn
+            value, method = "", value
+        value, method = value or "32", method or "rtn"
+        if value not in map(str, Int4Linear.GROUPS) or method != "rtn":
+            raise UserError(f"step {text!r}: int4 is written int4[:{'|'.join(map(str, Int4Linear.GROUPS))}][:rtn]")
     return Step(name, value, method)
 
 
@@ -51,6 +68,15 @@ def parse_chain(texts):
     steps = [parse(text) for text in texts]
     if any(step.name == "gguf" for step in steps[:-1]):
         raise UserError("gguf must be the last step: it writes a file for other programs, not a model directory")
+    quantized = None
+    for step in steps:
+        if step.name in LAYERS and quantized:
+            raise UserError(f"{step.name} comes after {quantized}, which has quantized the model already: put "
+                            "dequantize between them, or leave one out")
+        if step.name == "gguf" and quantized and step.value != GGUF_STORED[quantized]:
+            raise UserError(f"gguf:{step.value} comes after {quantized}, whose layers go unchanged into "
+                            f"gguf:{GGUF_STORED[quantized]} only: write that, or put dequantize before gguf")
+        quantized = step.name if step.name in LAYERS else None if step.name == "dequantize" else quantized
     return steps
 
 
@@ -70,6 +96,81 @@ def replacing_file(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Quantization
+
+def plan(model, bits, group, head_bits):
+    """The layers to quantize as entries of model.compression: [{"module", "kind", ...spec}, ...].
+
+    bits       8 (one scale for each row) or 4 (one for each `group` of a row): of the layers in the blocks
+    head_bits  8, 4 or 16 (stays float): of the embedding and the head, the most sensitive and in a small model the
+               largest matrices. Tied, they are one table
+    Raises UserError if a layer is quantized already, or if groups do not divide its rows.
+    """
+    entries = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            kind = next(kind for kind, cls in LAYERS.items() if type(layer) is cls)
+            raise UserError(f"int{bits}: {name.removesuffix('.table')} is {kind} already: start from the model before "
+                            "that, or put the step dequantize first")
+        head = name in ("model.embed_tokens", "lm_head")
+        its_bits = head_bits if head else bits
+        if (not isinstance(layer, (nn.Linear, nn.Embedding)) or name == "model.embed_positions" or its_bits == 16
+                or name == "lm_head" and model.config.tie_word_embeddings):
+            continue
+        spec = {"group": group} if its_bits == 4 else {}
+        try:
+            LAYERS[f"int{its_bits}"].group(layer.weight.shape[1], **spec)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        entries.append({"module": name, "kind": f"int{its_bits}", **spec})
+    return entries
+
+
+def quantize_step(model, tokenizer, step, args):
+    """int8, int4:GROUP: each layer's weights rounded to the nearest of its integers."""
+    bits, group = int(step.name[3:]), int(step.value or 32)
+    head_bits = args.head_bits or bits
+    for entry in plan(model, bits, group, head_bits):
+        spec = {k: v for k, v in entry.items() if k not in ("module", "kind")}
+        layer = LAYERS[entry["kind"]].from_dense(model.get_submodule(entry["module"]), **spec)
+        if not layer.scales.isfinite().all():
+            raise UserError(f"{step.name}: {entry['module']} has weights that are infinite, not numbers, or too large "
+                            "for float16 scales")
+        model.replace(entry, layer)
+    return model, {"step": step.name, **({"group": group, "method": step.method} if bits == 4 else {}),
+                   "head_bits": head_bits}
+
+
+def dequantize(model):
+    """The model with nn.Linear and nn.Embedding instead of quantized layers, in the same dtype as its norms."""
+    with torch.device("meta"):
+        dense = Transformer(model.config)
+        for entry in model.compression:
+            if not issubclass(LAYERS[entry["kind"]], QuantLinear):
+                dense.replace(entry)
+    dense.history, weights = model.history, {}
+    for name, t in model.state_dict().items():
+        module, _, suffix = name.rpartition(".")
+        layer = model.get_submodule(module)
+        if module == "lm_head" and model.config.tie_word_embeddings:
+            continue
+        if not isinstance(layer, QuantLinear) or suffix == "bias":
+            weights[name] = t
+        elif suffix == "q":
+            weights[f"{module.removesuffix('.table')}.weight"] = layer.dense().to(model.dtype)
+    dense.load_state_dict(weights, strict=False, assign=True)
+    dense.tie_weights()
+    return dense.train(model.training)
+
+
+def dequantize_step(model, tokenizer, step, args):
+    """dequantize."""
+    if not any(isinstance(m, QuantLinear) for m in model.modules()):
+        raise UserError("dequantize: the model has no quantized layer")
+    return dequantize(model), {"step": step.name}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): one file with a model and its tokenizer
 
 GGUF_TYPES = ("f32", "f16", "q8_0", "q4_0")
@@ -79,6 +180,7 @@ GGUF_NAMES = {                              # ours to GGUF's; in a layer "blk.N.
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+GGUF_STORED = {"int8": "q8_0", "int4": "q4_0"}         # our quantized layers' type there: same integers, same scales
 GGUF_FUSED = {"gpt2": {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv"}}
 GGUF_FUSED["phi3"] = {**GGUF_FUSED["gpt2"], "ffn_gate": "ffn_up"}        # rows of the gate first, then those of up
 
@@ -130,6 +232,27 @@ def q4_0_blocks(integers, scales):
     d = np.ascontiguousarray(scales, "<f2").view(np.uint8).reshape(rows, -1, 2)
     q = (integers + 8).astype(np.uint8).reshape(rows, -1, 32)
     return np.concatenate((d, q[..., :16] | q[..., 16:] << 4), axis=2).reshape(rows, -1)
+
+
+def stored_blocks(layer):
+    """A quantized layer's rows in GGUF's blocks. A scale that more than one block of 32 shares is repeated in each."""
+    integers, scales = (t.cpu().numpy() for t in layer.integers())
+    scales = np.repeat(scales, integers.shape[1] // 32 // scales.shape[1], axis=1)
+    return (q8_0_blocks if layer.bits == 8 else q4_0_blocks)(integers, scales)
+
+
+def gguf_mismatch(model, kind):
+    """Why a model's quantized layers do not fit a GGUF file of this type, as text; None: they do, or there are none."""
+    blocks = {e["kind"] for e in model.compression if ".layers." in e["module"]}
+    fit = {GGUF_STORED[k] for k in blocks or {e["kind"] for e in model.compression}}
+    if fit and kind not in fit:
+        return (f"gguf:{kind}: the model's layers are {' and '.join(sorted(blocks))}, which goes unchanged into "
+                f"gguf:{' or gguf:'.join(sorted(fit))} only; write that, or put the step dequantize before gguf:{kind}")
+    for name, m in model.named_modules():
+        if isinstance(m, QuantLinear) and m.in_features % 32:
+            return (f"gguf:{kind}: rows of {m.in_features} ({name.removesuffix('.table')}) do not divide into blocks "
+                    "of 32; put the step dequantize before gguf")
+    return None
 
 
 def unsupported_by_llama_cpp(c):
@@ -250,9 +373,11 @@ def gguf_tensors(model, kind, gguf):
     c, arch, T = model.config, gguf_architecture(model.config), gguf.GGMLQuantizationType
     wanted, parts = T[kind.upper()], {}
     for name, t in model.state_dict().items():
-        if name == "lm_head.weight" and c.tie_word_embeddings:
-            continue                                            # llama.cpp takes token_embd where there is no output
         module, _, suffix = name.rpartition(".")
+        if module == "lm_head" and c.tie_word_embeddings or suffix == "scales":
+            continue                                            # llama.cpp takes token_embd where there is no output
+        if suffix == "q":                                       # integers and scales, both from their layer
+            t, suffix, module = model.get_submodule(module), "weight", module.removesuffix(".table")
         layer = ""
         if module.startswith("model.layers."):
             _, _, number, module = module.split(".", 3)
@@ -262,22 +387,34 @@ def gguf_tensors(model, kind, gguf):
         heads = {"self_attn.q_proj": c.num_attention_heads, "self_attn.k_proj": c.num_key_value_heads}.get(module)
         parts.setdefault(f"{layer}{theirs}.{suffix}", []).append((t, heads if arch == "llama" else None))
 
+    def shape_of(t):
+        return (t.out_features, t.in_features) if isinstance(t, QuantLinear) else tuple(t.shape)
+
     def type_of(name, t):
+        if isinstance(t, QuantLinear):
+            return T.Q8_0 if t.bits == 8 else T.Q4_0
         if t.ndim == 1 or name.startswith("position_embd"):     # added, not multiplied: llama.cpp keeps them too
             return T.F32
         return T.F16 if wanted in (T.Q8_0, T.Q4_0) and t.shape[1] % 32 else wanted
 
-    def array(name, pieces, ggml_type):
-        if ggml_type != T.F32 and max(t.abs().max() for t, _ in pieces) > 65504:
+    def encoded(name, t, ggml_type):
+        if isinstance(t, QuantLinear):
+            return stored_blocks(t)
+        if ggml_type != T.F32 and t.abs().max() > 65504:
             raise UserError(f"gguf: {name} has values too large for float16: write gguf:f32")
-        rows = [gguf.quants.quantize(t.detach().float().cpu().numpy(), ggml_type) for t, _ in pieces]
+        return gguf.quants.quantize(t.detach().float().cpu().numpy(), ggml_type)
+
+    def array(name, pieces, ggml_type):
+        rows = [encoded(name, t, ggml_type) for t, _ in pieces]
         rows = [interleaved(r, heads) if heads else r for r, (_, heads) in zip(rows, pieces)]
         return np.ascontiguousarray(np.concatenate(rows) if len(rows) > 1 else rows[0])
 
     tensors = []
     for name, pieces in parts.items():
-        ggml_type = type_of(name, pieces[0][0])
-        shape = (sum(len(t) for t, _ in pieces), *pieces[0][0].shape[1:])
+        ggml_type, *others = {type_of(name, t) for t, _ in pieces}
+        if others:
+            raise UserError(f"gguf: {name} joins layers of different types; put the step dequantize before gguf")
+        shape = (sum(shape_of(t)[0] for t, _ in pieces), *shape_of(pieces[0][0])[1:])
         tensors.append((name, shape, ggml_type, lambda a=(name, pieces, ggml_type): array(*a)))
     factors = {}
     if c.rope["rope_type"] == "llama3":                         # what llama.cpp divides the plain frequencies by
@@ -303,13 +440,16 @@ def write_gguf(model, tokenizer, kind, path, name="model"):
     """Writes a model and its tokenizer as one GGUF file for llama.cpp, atomically.
 
     kind  f32, f16, q8_0 or q4_0: how matrices are stored. Vectors (norms, biases) stay f32; a matrix whose rows do not
-          divide into blocks of 32 stays f16 and is named on standard output
+          divide into blocks of 32 stays f16 and is named on standard output. Quantized layers keep their integers and
+          scales, and those in the blocks must be of this kind
     Raises UserError for what GGUF or llama.cpp cannot express, and if the gguf package is missing.
     """
     gguf, config = import_gguf(), model.config
     missing = unsupported_by_llama_cpp(config)
     if missing:
         raise UserError(f"gguf: llama.cpp's {gguf_architecture(config)} has no {missing}")
+    if mismatch := gguf_mismatch(model, kind):
+        raise UserError(mismatch)
     writer = gguf.GGUFWriter(None, gguf_architecture(config))
     writer.add_name(name)
     context = gguf_metadata(writer, gguf, config, kind)
@@ -344,39 +484,64 @@ def write_gguf(model, tokenizer, kind, path, name="model"):
 def gguf_step(model, tokenizer, step, args):
     """gguf:TYPE: write_gguf to --out."""
     write_gguf(model, tokenizer, step.value, Path(args.out), Path(args.model).resolve().name)
-    return model
+    return model, {"step": step.name}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-STEPS = {"gguf": gguf_step}
+# name -> function of (model, tokenizer, step, args) that gives (model, what the history says of it)
+STEPS = {"int8": quantize_step, "int4": quantize_step, "dequantize": dequantize_step, "gguf": gguf_step}
 
 
 def arguments(argv):
     parser = Parser(description=__doc__)
     parser.add_argument("model", help="a model directory, or a training run's")
     parser.add_argument("steps", nargs="+", metavar="STEP", help="name[:value][:method], see above")
-    parser.add_argument("--out", required=True, help="what is written: the file of gguf")
+    parser.add_argument("--out", required=True, help="what is written: a model directory, or the file of gguf")
+    parser.add_argument("--head-bits", type=int, choices=(4, 8, 16), help="bits of the embedding and the output head; "
+                        "16: they stay float (default: those of the step that quantizes)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
-    parser.add_argument("--smoke", action="store_true", help="a short run (gguf has nothing to shorten)")
+    parser.add_argument("--smoke", action="store_true", help="a short run (no step here has anything to shorten)")
     return parser.parse_args(argv)
+
+
+def check_out(out, source, is_file, overwrite):
+    """Raises UserError if --out cannot be written, or must not be."""
+    if is_file and out.is_dir():
+        raise UserError(f"--out {out} is a directory; gguf writes a file, for example {out / 'model.gguf'}")
+    if not is_file and out.is_file():
+        raise UserError(f"--out {out} is a file; a model is a directory (only gguf writes a file)")
+    if not is_file and out.is_dir():
+        if out.resolve() == source.resolve():
+            raise UserError(f"--out {out} is the model that is read: give another directory")
+        if not any(out.iterdir()):
+            return
+        if not (out / "config.json").exists():
+            raise UserError(f"--out {out} holds something else than a model: give another directory")
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {out} is there already: give another name or --overwrite")
 
 
 def main(argv=None):
     args = arguments(argv)
     steps = parse_chain(args.steps)                             # all that can be refused is refused before any work
-    out = Path(args.out)
-    if steps[-1].name == "gguf":
+    out, directory, to_file = Path(args.out), whole(args.model), steps[-1].name == "gguf"
+    if to_file:
         import_gguf()
-        if out.is_dir():
-            raise UserError(f"--out {out} is a directory; gguf writes a file, for example {out / 'model.gguf'}")
-        if out.exists() and not args.overwrite:
-            raise UserError(f"--out {out} is there already: give another name or --overwrite")
-    directory = whole(args.model)
+    check_out(out, directory, to_file, args.overwrite)
+    if args.head_bits and not any(step.name in LAYERS for step in steps):
+        raise UserError("--head-bits needs a step that quantizes: int8 or int4")
     model, tokenizer = load(directory), Tokenizer.load(directory)
+    parent = {"parent": {"name": directory.resolve().name, "sha256": checkpoint_hash(directory)}}
     for step in steps:
-        model = STEPS[step.name](model, tokenizer, step, args)
+        model, entry = STEPS[step.name](model, tokenizer, step, args)
+        model.history, parent = model.history + [{**entry, **parent}], {}
+    if not to_file:
+        save(model, out, tokenizer)
+        parameters, resident = model.parameters_count(), model.resident_bytes()
+        print(f"{out}: {parameters:,} parameters; {(out / 'model.safetensors').stat().st_size / 1e6:,.1f} MB on disk, "
+              f"{resident / 1e6:,.1f} MB in memory: {8 * resident / parameters:.2f} bits per weight, scales and all")
 
 
 if __name__ == "__main__":

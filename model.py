@@ -22,6 +22,7 @@ from torch import nn
 from data import UserError
 
 FORMAT = 1                                  # of what we add to config.json; a newer one is refused by name
+COMPRESSED = "slm-compressed"               # model_type of a directory with layers that only this code knows
 NOT_FOR = """Text it writes may be wrong, biased, or copied from its training data. It is not for decisions about
 people, for medical, legal or financial advice, or for anything where a mistake does harm unless a person checks it."""
 
@@ -100,6 +101,143 @@ class Config:
             scale = math.sqrt(1 + math.log(factor) / math.log(window)) if factor > 1 else 1.0
             return f / torch.tensor(r["short_factor"], device="cpu"), r.get("attention_factor") or scale
         return f, 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantized layers: weight = integer * scale, with one float16 scale for each group of neighbours in a row
+
+def absmax_scales(weight, bits, group):
+    """Scales, float16 (out, in / group), that put the largest |weight| of each group at the last integer.
+
+    They are rounded to float16 before the weights are rounded: nothing is lost when they are stored.
+    A group of zeros has scale 1; one whose scale is too small for float16 has its smallest number, 2^-24.
+    """
+    largest = weight.detach().float().unflatten(1, (-1, group)).abs().amax(-1)
+    scales = (largest / (2 ** (bits - 1) - 1)).half().clamp(min=2.0 ** -24)
+    return torch.where(largest == 0, torch.ones_like(scales), scales)
+
+
+def nearest(weight, scales, bits):
+    """The integers, int8 (out, in) in -127..127 or -7..7, that come nearest to a weight under its scales."""
+    last = 2 ** (bits - 1) - 1
+    steps = weight.detach().float().unflatten(1, (scales.shape[1], -1)) / scales.float()[..., None]
+    return steps.round().clamp(-last, last).flatten(1).to(torch.int8)
+
+
+def dequantized(integers, scales):
+    """float32 (..., in) of integers (..., in) and scales (..., in / group): exact, as 8 and 11 bits make at most 19."""
+    return (integers.unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]).flatten(-2)
+
+
+class QuantLinear(nn.Module):
+    """What Int8Linear and Int4Linear share; they say how integers are stored and which spec they have.
+
+    q       (out, in * bits / 8), the integers as `pack` stores them
+    scales  (out, in / group) float16
+    Both are buffers and never cast. What a device's kernel wants in another form is made from them, never saved.
+    """
+    def __init__(self, q, scales, bias=None):
+        super().__init__()
+        self.out_features, self.in_features = len(q), q.shape[1] * 8 // self.bits
+        self.register_buffer("q", q)
+        self.register_buffer("scales", scales)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def empty(cls, n_in, n_out, bias=False, **spec):
+        """A layer whose tensors are still to be filled. Raises UserError or TypeError for a spec that does not fit."""
+        return cls(torch.empty(n_out, n_in * cls.bits // 8, dtype=cls.stored),
+                   torch.empty(n_out, n_in // cls.group(n_in, **spec), dtype=torch.float16),
+                   nn.Parameter(torch.empty(n_out)) if bias else None)
+
+    @classmethod
+    def from_dense(cls, layer, **spec):
+        """The weights of an nn.Linear, or the table of an nn.Embedding, rounded to nearest. Raises as `empty` does."""
+        scales = absmax_scales(layer.weight, cls.bits, cls.group(layer.weight.shape[1], **spec))
+        return cls.from_integers(nearest(layer.weight, scales, cls.bits), scales, getattr(layer, "bias", None))
+
+    @classmethod
+    def from_integers(cls, integers, scales, bias=None):
+        """From what another algorithm chose: integers int8 (out, in), scales float16 (out, in / group)."""
+        return cls(cls.pack(integers), scales, bias)
+
+    def integers(self):
+        """(int8 (out, in), float16 scales (out, in / group))."""
+        return self.unpack(self.q), self.scales
+
+    def dense(self):
+        """The weight, float32 (out, in)."""
+        return dequantized(*self.integers())
+
+    def rows(self, ids):
+        """Rows of the weight, float32 (*ids.shape, in)."""
+        return dequantized(self.unpack(self.q[ids]), self.scales[ids])
+
+    def forward(self, x):
+        return F.linear(x, self.dense().to(x.dtype), self.bias)
+
+    def _apply(self, fn, recurse=True):
+        scales = self.scales
+        super()._apply(fn, recurse)
+        self.scales = scales.to(self.q.device)        # model.to(bfloat16) would round them
+        return self
+
+
+class Int8Linear(QuantLinear):
+    """8 bits: integers -127..127 as they are, one scale for each row."""
+    bits, stored = 8, torch.int8
+
+    @staticmethod
+    def group(n_in):
+        return n_in
+
+    @staticmethod
+    def pack(integers):
+        return integers
+
+    unpack = pack
+
+
+class Int4Linear(QuantLinear):
+    """4 bits: integers -7..7, two in a byte, one scale for each `group` of 32, 64 or 128 inputs."""
+    bits, stored, GROUPS = 4, torch.uint8, (32, 64, 128)
+
+    @classmethod
+    def group(cls, n_in, group=32):
+        if group not in cls.GROUPS or n_in % group:
+            fit = [str(g) for g in cls.GROUPS if n_in % g == 0]
+            raise UserError(f"int4 in groups of {group} does not fit rows of {n_in}; "
+                            + (f"groups that fit: {', '.join(fit)}" if fit else "none of 32, 64, 128 does: use int8"))
+        return group
+
+    @staticmethod
+    def pack(integers):
+        """int8 (..., in) in -8..7 to uint8 (..., in / 2): the even ones in the low nibble, each as integer + 8."""
+        q = (integers + 8).to(torch.uint8)
+        return q[..., 0::2] | q[..., 1::2] << 4
+
+    @staticmethod
+    def unpack(q):
+        return torch.stack((q & 15, q >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
+
+
+LAYERS = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+class QuantEmbedding(nn.Module):
+    """Rows of a quantized table, gathered and dequantized: float32. A tied one's table is the head, the same object."""
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, ids):
+        return self.table.rows(ids)
+
+    def dense(self):
+        return self.table.dense()
+
+    def integers(self):
+        return self.table.integers()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,13 +351,13 @@ class Body(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.frequencies = self.frequencies.to(self.embed_tokens.weight.device)      # but it follows to another device
+        self.frequencies = self.frequencies.to(self.norm.weight.device)              # but it follows to another device
         return self
 
     def rotary(self, positions):
         """cos and sin of the rotation angles of positions (B or 1, T): (B or 1, T, 1, R/2) each."""
         angles = (positions[..., None].float() * self.frequencies)[:, :, None]
-        dtype = self.embed_tokens.weight.dtype
+        dtype = self.norm.weight.dtype
         return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
 
     def mask(self, T, start, window, segments):
@@ -243,7 +381,7 @@ class Body(nn.Module):
         if segments is not None:                      # packed examples: positions count from each one's first token
             new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)                     # (B, T)
             positions = positions - (positions * new).cummax(dim=1).values
-        x = self.embed_tokens(ids)                                               # (B, T, C)
+        x = self.embed_tokens(ids).to(self.norm.weight.dtype)                    # (B, T, C)
         if c.learned_positions:
             x, rotary = x + self.embed_positions(positions), None
         else:
@@ -268,11 +406,46 @@ class Transformer(nn.Module):
         self.model = Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.history = []                             # what made this model: written to config.json, oldest first
+        self.compression = []                         # its layers that are not dense, in the order they were replaced
         self.tie_weights()
 
     def tie_weights(self):
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and isinstance(self.model.embed_tokens, QuantEmbedding):
+            self.lm_head = self.model.embed_tokens.table
+        elif self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def dtype(self):
+        """That of activations: of the norms, which are never quantized."""
+        return self.model.norm.weight.dtype
+
+    def replace(self, entry, layer=None):
+        """Puts a layer where entry, {"module": its name, "kind": of LAYERS, ...spec}, says; notes it in `compression`.
+
+        layer  of that kind; None: one that fits, its tensors still to be filled. In place of an embedding it becomes a
+               QuantEmbedding's table; a tied head goes with the embedding and has no entry of its own
+        Raises UserError for an entry that does not fit this model.
+        """
+        try:
+            name, kind, spec = entry["module"], entry["kind"], {k: entry[k] for k in entry.keys() - {"module", "kind"}}
+            old = self.get_submodule(name)
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"compression has {entry!r}, which names no kind or no layer of this model") from None
+        if kind not in LAYERS:
+            raise UserError(f"{name} is of kind {kind!r}, which is not supported; supported: {', '.join(LAYERS)}")
+        if not isinstance(old, (nn.Linear, nn.Embedding)) or self.config.tie_word_embeddings and name == "lm_head":
+            raise UserError(f"compression has {entry!r}, but {name} is not a dense layer of its own")
+        if layer is None:
+            n_out, n_in = old.weight.shape
+            try:
+                layer = LAYERS[kind].empty(n_in, n_out, getattr(old, "bias", None) is not None, **spec)
+            except (UserError, TypeError) as error:
+                raise UserError(f"compression has {entry!r}: {error}") from None
+        parent, _, child = name.rpartition(".")
+        setattr(self.get_submodule(parent), child, QuantEmbedding(layer) if isinstance(old, nn.Embedding) else layer)
+        self.compression.append(entry)
+        self.tie_weights()
 
     def forward(self, ids, cache=None, segments=None, last_only=False, head=True, hidden=None):
         """Logits (B, T, V) for ids (B, T); position t predicts token t + 1.
@@ -290,7 +463,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator=None):
-        """Random weights: embeddings with std 1, matrices with std 1/sqrt(fan in), which keeps the scale of their input.
+        """Random weights: embeddings with std 1, matrices with std 1/sqrt(fan in), which keep the scale of their input.
         The head and the projections that write to the residual stream start at zero: loss ln V, blocks the identity.
         An embedding that is the head too starts small instead."""
         embedding = 0.02 if self.config.tie_word_embeddings else 1.0
@@ -306,15 +479,17 @@ class Transformer(nn.Module):
     # --- counts ---
 
     def parameters_count(self):
-        """All parameters, tied ones once."""
-        return sum(p.numel() for p in self.parameters())
+        """All parameters, tied ones once; quantized weights count, their scales do not."""
+        quantized = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, QuantLinear))
+        return sum(p.numel() for p in self.parameters()) + quantized
 
     def matmul_parameters(self):
         """Parameters that multiply each token: all matrices but the embedding table (a tied one works as the head)."""
-        return sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return sum(m.in_features * m.out_features for part in (self.model.layers, self.lm_head) for m in part.modules()
+                   if isinstance(m, (nn.Linear, QuantLinear)))
 
     def resident_bytes(self):
-        """Bytes of the weights in memory, shared storage once."""
+        """Bytes of the weights and scales in memory, shared storage once."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                     for t in (*self.parameters(), *self.buffers())}
         return sum(storages.values())
@@ -423,6 +598,9 @@ def config_from_hub(hub):
     if hub.get("slm_format", FORMAT) > FORMAT:
         raise UserError(f"this model was written by a newer version (format {hub['slm_format']}, known: {FORMAT}); "
                         "update this code")
+    if hub.get("model_type") == COMPRESSED:
+        hub = {**hub, "model_type": hub.get("base_model_type")}
+    hub = {k: v for k, v in hub.items() if k not in ("base_model_type", "compression")}
     name, supported = hub.get("model_type"), f"supported: {', '.join(FAMILIES)}"
     if "auto_map" in hub and name != "phi3":          # Phi-3's directories carry a copy of what transformers has
         raise UserError(f"the model brings its own code (auto_map in config.json), never run here; {supported}")
@@ -574,18 +752,22 @@ def read_tensors(directory):
 def load(path, device="cpu", dtype=None):
     """The model in a directory (or a training run's best/), in eval mode.
 
-    Tensors are mapped from the file, not copied; dtype None keeps the stored one. Strict: a missing, extra or misshapen
-    tensor, a truncated file, an unknown family raise UserError.
+    Tensors are mapped from the file, not copied; dtype None keeps the stored one, and integers and scales of quantized
+    layers keep theirs always. Strict: a missing, extra or misshapen tensor, a truncated file, an unknown family or kind
+    of layer raise UserError.
     """
     directory = whole(path)
     hub = read_json(directory / "config.json")
     config = config_from_hub(hub)
     with torch.device("meta"):
         model = Transformer(config)
-    shapes = {name: t.shape for name, t in model.state_dict().items()}
-    tensors = to_ours(read_tensors(directory), FAMILIES[config.model_type], shapes)
+        for entry in hub.get("compression") or []:
+            model.replace(entry)
+    shapes, tensors = {name: t.shape for name, t in model.state_dict().items()}, read_tensors(directory)
+    if not model.compression:
+        tensors = to_ours(tensors, FAMILIES[config.model_type], shapes)
     if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("lm_head.")}
         tensors.pop("lm_head.weight", None)
     missing, unknown = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
     for problem, names in (("lacks", missing), ("has an unknown", unknown)):
@@ -595,6 +777,9 @@ def load(path, device="cpu", dtype=None):
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise UserError(f"{directory}: {name} is {tuple(tensors[name].shape)}, config.json says {tuple(shape)}")
+    for name, t in model.named_buffers():                        # integers and scales: read, never converted
+        if tensors[name].dtype != t.dtype:
+            raise UserError(f"{directory}: {name} is {tensors[name].dtype}, config.json says {t.dtype}")
     model.load_state_dict(tensors, strict=False, assign=True)    # strict: see above
     model.tie_weights()
     model.history = hub.get("history", [])
@@ -612,11 +797,14 @@ def save(model, directory, tokenizer=None, extra=None):
     config = config_to_hub(model.config)
     if tokenizer is not None:
         config.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
-    config.update(history=model.history, dtype=str(model.lm_head.weight.dtype)[6:])
-    tensors = {name: t.detach().to("cpu").contiguous() for name, t in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    tensors = to_theirs(tensors, FAMILIES[model.config.model_type])
+    config.update(history=model.history, dtype=str(model.dtype)[6:])
+    tensors = {name: t.detach().to("cpu").contiguous() for name, t in model.state_dict().items()
+               if not (model.config.tie_word_embeddings and name.startswith("lm_head."))}
+    if model.compression:                             # or transformers would fill the layers with random numbers
+        config.update(model_type=COMPRESSED, base_model_type=model.config.model_type, compression=model.compression)
+        del config["architectures"]
+    else:
+        tensors = to_theirs(tensors, FAMILIES[model.config.model_type])
     with replacing(directory) as new, disk_full(new, sum(t.nbytes for t in tensors.values())):
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
@@ -654,11 +842,13 @@ def checkpoint_hash(path):
 def card(model):
     """The model card (README.md of a model directory): what it is, what made it, what it is not for."""
     c = model.config
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",
+    library = [] if model.compression else ["library_name: transformers"]
+    lines = ["---", *library, "pipeline_tag: text-generation", "---", "",
              "# A small language model", "",
              f"{model.parameters_count():,} parameters: {c.num_hidden_layers} layers of width {c.hidden_size}, "
              f"{c.num_attention_heads} heads, {c.vocab_size:,} ids, a window of {c.max_position_embeddings} tokens.",
              "", "## What made it", ""]
     for entry in model.history:
-        lines.append("- " + "; ".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in entry.items()))
+        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
+        lines.append("- " + "; ".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in shown.items()))
     return "\n".join(lines + ["", "## What it is not for", "", NOT_FOR, ""])

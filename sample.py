@@ -103,8 +103,7 @@ def generate(model, ids, max_new_tokens, stop=(), vocab_size=None, generator=Non
         if cache is None or cache.length + unread.shape[1] > window:
             if cache is not None:
                 unread = seen[:, -max(1, window // 2):]
-            cache = KVCache(config, len(ids), min(window, unread.shape[1] + max_new_tokens - i), device,
-                            model.lm_head.weight.dtype)
+            cache = KVCache(config, len(ids), min(window, unread.shape[1] + max_new_tokens - i), device, model.dtype)
         logits = model(unread, cache=cache, last_only=True)[:, -1]             # (B, V)
         logits[:, vocab_size or config.vocab_size:] = -math.inf
         unread = next_token(logits, seen, generator=generator, **sampling)     # (B, 1)

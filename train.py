@@ -167,7 +167,8 @@ def set_up(cfg):
         why = f"bfloat16 multiplies at {ratio:.2f} x float32's rate here"
     elif dtype is None:
         dtype, why = torch.float32, "the safe choice on mps, which is experimental here"
-    rate = rate if dtype == torch.float32 else matmul_rate(device, dtype)
+    if dtype != torch.float32:
+        rate = matmul_rate(device, dtype, 256 if device.type == "cpu" else 1024)     # emulated, 1024 takes seconds
     machine = Machine(device, dtype, rank, size, rate)
     say(machine, f"device {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "") +
         (f", {size} processes" if size > 1 else "") + f"; {str(dtype)[6:]} ({why}); "
@@ -592,6 +593,9 @@ def open_model(cfg, given, tokenizer, machine):
     if cfg.resume or cfg.init_from:
         path = whole(Path(cfg.out) / "last") if cfg.resume else whole(cfg.init_from)
         model = load(path)
+        if model.compression:
+            raise UserError(f"the model in {path} has quantized layers, and only dense ones are trained: "
+                            f"python compress.py {path} dequantize --out DIR gives a dense model")
         if Tokenizer.load(path).hash != tokenizer.hash:
             raise UserError(f"the model in {path} has another tokenizer than the data: prepare the data with "
                             f"data/prepare.py --tokenizer {path}")

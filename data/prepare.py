@@ -23,6 +23,7 @@ import platform
 import re
 import shutil
 import sys
+import time
 import zlib
 from array import array
 from collections import Counter
@@ -373,7 +374,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
     name: a known corpus, or with `inputs` (paths) the dataset's name. vocab_size: ids of a BPE trained here (4096).
     tokenizer: "bytes", "gpt2", a directory or a Tokenizer; then none is trained. Raises UserError.
     """
-    name = choose_name(name, inputs, out)
+    start, name = time.perf_counter(), choose_name(name, inputs, out)
     if not 0 < val_fraction <= 0.5:
         raise UserError(f"--val-fraction {val_fraction} must be above 0 and at most 0.5")
     if tokenizer is not None and vocab_size is not None:
@@ -407,8 +408,9 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
 
     if tokenizer is None:
         print(f"training a byte-level BPE of {vocab_size or 4096:,} ids on the training split")
-        texts = training_text(files, side, scan.sizes, val_fraction, smoke)
+        texts, trained = training_text(files, side, scan.sizes, val_fraction, smoke), time.perf_counter()
         tokenizer = Tokenizer.train(texts, vocab_size or 4096)
+        print(f"... in {time.perf_counter() - trained:.1f} s")
         if tokenizer.vocab_size < (vocab_size or 4096):
             print(f"the text is too small for {vocab_size or 4096:,} ids: the tokenizer has {tokenizer.vocab_size:,}")
 
@@ -448,7 +450,9 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
         print(f"{which:5} {s['documents']:9,} documents {s['bytes']:14,} bytes {s['tokens']:13,} tokens{learned}"
               f" ({s['bytes'] / max(1, s['tokens']):.2f} bytes per token)")
     print("skipped: " + (", ".join(f"{n:,} {reason}" for reason, n in skipped.items()) or "nothing"))
-    print(f"wrote {out.name}: {scan.kind}, {tokenizer.vocab_size:,} ids, {dtype}, sha256 {scan.sha256[:12]}")
+    seconds, read = time.perf_counter() - start, sum(s["bytes"] for s in splits.values())
+    print(f"wrote {out.name}: {scan.kind}, {tokenizer.vocab_size:,} ids, {dtype}, sha256 {scan.sha256[:12]}; "
+          f"{seconds:.1f} s, {read / seconds / 1e6:.1f} MB/s")
     return out
 
 

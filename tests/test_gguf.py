@@ -9,7 +9,7 @@ import compress
 import sample
 from data import UserError
 from data.tokenizer import GPT2, QWEN2, Tokenizer, tokenizer_json
-from model import Transformer, config_from_hub, load, save
+from model import Int4Linear, Int8Linear, Transformer, config_from_hub, load, save
 
 V, CONTEXT = 320, 256                                            # llama.cpp rounds contexts up to 256
 TINY = dict(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -176,6 +176,68 @@ def test_rounding_stays_within_the_type(case, kind, tokenizer, tmp_path, capsys)
             assert (np.abs(tensors[name] - p).reshape(len(p), -1, 32) <= bound * 1.0001).all(), name
 
 
+def quantized(model, step, head_bits=None):
+    return compress.quantize_step(model, None, compress.parse(step), types.SimpleNamespace(head_bits=head_bits))[0]
+
+
+@pytest.mark.parametrize("case", ["qwen3", "qwen3-tied-linear", "llama", "llama-biased-tied", "mistral-nemo", "phi3", "gpt2"])
+@pytest.mark.parametrize("step, kind, head_bits, head", [
+    ("int8", "q8_0", None, "Q8_0"), ("int4", "q4_0", None, "Q4_0"), ("int4", "q4_0", 8, "Q8_0"), ("int8", "q8_0", 4, "Q4_0"),
+    ("int4:64", "q4_0", None, "Q4_0"), ("int8", "q8_0", 16, "Q8_0")])
+def test_quantized_layers_go_in_unchanged(case, step, kind, head_bits, head, tokenizer, tmp_path):
+    pytest.importorskip("gguf")
+    wider = {} if step != "int4:64" else {"n_inner" if case == "gpt2" else "intermediate_size": 128}
+    wider.update({"head_dim": 32} if step == "int4:64" and case == "mistral-nemo" else {})       # 4 x 24 is no multiple of 64
+    model = quantized(build(case, **wider), step, head_bits)
+    compress.write_gguf(model, tokenizer, kind, tmp_path / "m.gguf")
+    _, tensors, kinds = read(tmp_path / "m.gguf")
+    want = expected(compress.dequantize(model))
+    assert tensors.keys() == want.keys() and ("output.weight" in kinds) == (not model.config.tie_word_embeddings)
+    for name, p in want.items():
+        outer = name.startswith(("token_embd", "output.weight"))
+        assert kinds[name] == ("F32" if p.ndim == 1 or "position" in name else head if outer else kind.upper()), name
+        if not (outer and head_bits == 16):                      # a float one is rounded by gguf, as it is in a dense model
+            assert np.array_equal(tensors[name], p), name
+
+
+def test_integers_and_scales_byte_for_byte(tokenizer, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    for step, kind in (("int8", "q8_0"), ("int4", "q4_0")):
+        model = quantized(build("qwen3"), step)
+        compress.write_gguf(model, tokenizer, kind, tmp_path / kind)
+        data = {t.name: t.data for t in gguf.GGUFReader(tmp_path / kind).tensors}["blk.1.ffn_down.weight"]
+        integers, scales = model.model.layers[1].mlp.down_proj.integers()                            # (64, 96); (64, 1 or 3)
+        blocks = torch.from_numpy(np.array(data)).view(64, 3, -1)
+        assert torch.equal(blocks[..., :2].contiguous().view(torch.float16)[..., 0], scales.expand(64, 3))
+        q = blocks[..., 2:]
+        theirs = q.contiguous().view(torch.int8) if kind == "q8_0" else (torch.cat((q & 15, q >> 4), -1)).to(torch.int8) - 8
+        assert torch.equal(theirs.reshape(64, 96), integers)
+
+
+@pytest.mark.parametrize("case, step, kind, match", [
+    ("qwen3", "int8", "q4_0", "layers are int8, which goes unchanged into gguf:q8_0 only.*dequantize before gguf:q4_0"),
+    ("qwen3", "int4", "q8_0", "layers are int4, which goes unchanged into gguf:q4_0 only"), ("qwen3", "int8", "f32", "gguf:q8_0 only"),
+    ("qwen3", "int4", "f16", "gguf:q4_0 only"), ("odd", "int8", "q8_0", r"rows of 80 \(model.layers.0.mlp.down_proj\) do not divide")])
+def test_quantized_layers_that_do_not_fit(case, step, kind, match, tokenizer, tmp_path):
+    pytest.importorskip("gguf")
+    model = quantized(build("llama", intermediate_size=80) if case == "odd" else build(case), step)
+    with pytest.raises(UserError, match=match):
+        compress.write_gguf(model, tokenizer, kind, tmp_path / "m.gguf")
+    compress.write_gguf(compress.dequantize(model), tokenizer, kind, tmp_path / "m.gguf")
+
+
+def test_a_fused_tensor_of_two_types(tokenizer, tmp_path):
+    pytest.importorskip("gguf")
+    model = build("phi3")
+    name = "model.layers.0.self_attn.k_proj"
+    model.replace({"module": name, "kind": "int4", "group": 32}, Int4Linear.from_dense(model.get_submodule(name), group=32))
+    compress.write_gguf(model, tokenizer, "q4_0", tmp_path / "m.gguf")                            # q and v are rounded to its type
+    with pytest.raises(UserError, match="blk.0.attn_qkv.weight joins layers of different types"):
+        other = "model.layers.0.self_attn.q_proj"
+        model.replace({"module": other, "kind": "int8"}, Int8Linear.from_dense(model.get_submodule(other)))
+        compress.write_gguf(model, tokenizer, "q4_0", tmp_path / "m.gguf")
+
+
 def test_the_vocabulary(tokenizer, tmp_path):
     pytest.importorskip("gguf")
     compress.write_gguf(build("qwen3"), tokenizer, "f32", tmp_path / "m.gguf", name="a model")
@@ -285,6 +347,8 @@ def test_the_command_writes_and_overwrites_only_when_told(directory, tmp_path, c
     assert "qwen3, q8_0" in capsys.readouterr().out
     fields, _, kinds = read(out)
     assert fields["general.name"] == "tiny" and kinds["output.weight"] == "Q8_0"
+    run(directory, "int8", "gguf:q8_0", "--out", out, "--overwrite")
+    assert read(out)[2] == kinds
     before = out.read_bytes()
     with pytest.raises(UserError, match="is there already: give another name or --overwrite"):
         run(directory, "gguf:f32", "--out", out)
@@ -294,7 +358,7 @@ def test_the_command_writes_and_overwrites_only_when_told(directory, tmp_path, c
 
 
 @pytest.mark.parametrize("steps, match", [
-    (["ggfu:q8_0"], "no step 'ggfu'; did you mean gguf"), (["zzz"], "no step 'zzz'; there is gguf"), (["gguf"], "gguf needs one of f32"),
+    (["ggfu:q8_0"], "no step 'ggfu'; did you mean gguf"), (["zzz"], "no step 'zzz'; there is int8, int4, dequantize, gguf"), (["gguf"], "gguf needs one of f32"),
     (["gguf:q8"], "gguf needs one of f32, f16, q8_0, q4_0.*did you mean q8_0"), (["gguf:q8_0:fast"], "gguf needs one of"),
     (["gguf:f32", "gguf:f16"], "gguf must be the last step"), (["gguf:f32:a:b"], "too many parts")])
 def test_wrong_steps(steps, match, directory, tmp_path):

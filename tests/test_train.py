@@ -224,7 +224,7 @@ def test_two_processes_equal_one(data, tmp_path):
 
 def test_bfloat16_and_the_float16_scaler_train(data, tmp_path):
     for dtype in ("bfloat16", "float16"):
-        go(data, tmp_path / dtype, "--steps", 6, "--dtype", dtype)
+        go(data, tmp_path / dtype, "--steps", 8, "--dtype", dtype, "--batch-size", 2, "--context", 16, "--eval-tokens", 64)
         losses = [s["loss"] for s in steps(tmp_path / dtype) if "loss" in s]
         assert losses[-1] < losses[0] - 0.05
         assert next(iter(load(tmp_path / dtype).parameters())).dtype == torch.float32
