@@ -51,16 +51,16 @@ class TrainConfig:
     # optimization
     minutes: float = 5.0            # time budget, evaluation included: turned into steps once, after a few timed steps
     steps: int = 0                  # number of steps; 0: from the time budget
-    batch_size: int = 8             # windows a step, over all processes
+    batch_size: int = 4             # windows a step, over all processes
     micro_batch: int = 0            # windows a process holds at once; 0: its whole share, more are accumulated
     optimizer: str = "muon"         # muon (matrices by Muon, the rest by AdamW) or adamw (all)
     lr: float = 0.015               # peak learning rate of the output head and of vectors
     embed_lr: float = 0.15          # peak learning rate of the embedding (with --tie: --lr)
     matrix_lr: float = 0.02         # peak learning rate of the matrices (with --optimizer adamw: 0.003)
     weight_decay: float = 0.0       # of matrices, decoupled
-    beta1: float = 0.9              # AdamW's first decay
-    beta2: float = 0.95             # AdamW's second decay
-    momentum: float = 0.95          # Muon's
+    beta1: float = 0.5              # AdamW's first decay: low, as most rows of an embedding have no gradient in a step
+    beta2: float = 0.99             # AdamW's second decay
+    momentum: float = 0.9           # Muon's
     schedule: str = "wsd"           # wsd: constant, then linear to zero; cosine: half a cosine to zero
     warmup: int = 20                # steps of linear warm-up
     decay: float = 0.7              # share of the run in which wsd falls
@@ -68,8 +68,8 @@ class TrainConfig:
     dropout: float = 0.0            # of what each block adds
     seed: int = 0                   # of weights, order and dropout
     # evaluation and saving
-    evals: int = 5                  # evaluations a run, the last at its end
-    eval_tokens: int = 131072       # at most so many validation tokens each, spread over the split; 0: all
+    evals: int = 3                  # evaluations a run, the last at its end
+    eval_tokens: int = 262144       # at most so many validation tokens each, spread over the split; 0: all
     save_seconds: float = 60.0      # time between saves of last/
     # the machine
     device: str = "auto"            # auto, cuda, mps or cpu
@@ -80,7 +80,7 @@ class TrainConfig:
 
 
 # Where --init-from starts, small steps of all weights keep what was learned.
-FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, decay=1.0)
+FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, beta1=0.9, decay=1.0)
 SMOKE = dict(steps=6, layers=2, width=32, heads=2, context=64, batch_size=4, evals=2, eval_tokens=2048, warmup=2)
 
 
@@ -96,7 +96,7 @@ def parse(config_class, description, argv=None):
         else:
             parser.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, help=help)
     given = vars(parser.parse_args(argv))
-    preset = {**({"matrix_lr": 0.003} if given.get("optimizer") == "adamw" else {}),
+    preset = {**(dict(matrix_lr=0.003, beta1=0.9) if given.get("optimizer") == "adamw" else {}),
               **(FINE_TUNE if given.get("init_from") else {}), **(SMOKE if given.get("smoke") else {})}
     return config_class(**{**preset, **given}), set(given)
 
