@@ -24,7 +24,7 @@ from torch import nn
 
 from data import Parser, UserError, run
 from data.tokenizer import GPT2, GPT2_DIGITS, QWEN2, Tokenizer
-from model import LAYERS, Int4Linear, QuantLinear, Transformer, checkpoint_hash, load, save, sync, whole
+from model import LAYERS, Int4Linear, QuantLinear, Transformer, checkpoint_hash, load, model_name, save, sync, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,7 +533,7 @@ def main(argv=None):
     if args.head_bits and not any(step.name in LAYERS for step in steps):
         raise UserError("--head-bits needs a step that quantizes: int8 or int4")
     model, tokenizer = load(directory), Tokenizer.load(directory)
-    parent = {"parent": {"name": directory.resolve().name, "sha256": checkpoint_hash(directory)}}
+    parent = {"parent": {"name": model_name(directory), "sha256": checkpoint_hash(directory)}}
     for step in steps:
         model, entry = STEPS[step.name](model, tokenizer, step, args)
         model.history, parent = model.history + [{**entry, **parent}], {}

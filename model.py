@@ -67,7 +67,7 @@ class Config:
 
     def __post_init__(self):
         for name in SIZES:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
@@ -117,7 +117,7 @@ def absmax_scales(weight, bits, group):
     return torch.where(largest == 0, torch.ones_like(scales), scales)
 
 
-def nearest(weight, scales, bits):
+def rounded(weight, scales, bits):
     """The integers, int8 (out, in) in -127..127 or -7..7, that come nearest to a weight under its scales."""
     last = 2 ** (bits - 1) - 1
     steps = weight.detach().float().unflatten(1, (scales.shape[1], -1)) / scales.float()[..., None]
@@ -154,7 +154,7 @@ class QuantLinear(nn.Module):
     def from_dense(cls, layer, **spec):
         """The weights of an nn.Linear, or the table of an nn.Embedding, rounded to nearest. Raises as `empty` does."""
         scales = absmax_scales(layer.weight, cls.bits, cls.group(layer.weight.shape[1], **spec))
-        return cls.from_integers(nearest(layer.weight, scales, cls.bits), scales, getattr(layer, "bias", None))
+        return cls.from_integers(rounded(layer.weight, scales, cls.bits), scales, getattr(layer, "bias", None))
 
     @classmethod
     def from_integers(cls, integers, scales, bias=None):
@@ -677,7 +677,7 @@ def replacing(directory):
 
     `whole()` finds what is left after a kill. On an exception DIR is untouched and DIR.new is removed.
     """
-    directory = Path(directory)
+    directory = Path(directory) if Path(directory).name else Path(directory).resolve()
     new, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
     if is_whole(new) and not is_whole(directory):
         new.rename(directory)                         # what a kill between two renames left: finish it first
@@ -692,6 +692,10 @@ def replacing(directory):
         shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
     new.rename(directory)
+    with contextlib.suppress(OSError):                # the renames are on disk too, where directories can be synced
+        parent = os.open(directory.parent, os.O_RDONLY)
+        os.fsync(parent)
+        os.close(parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -713,7 +717,7 @@ def is_whole(directory):
 def whole(path):
     """The directory that holds the model at `path`: itself, what an interrupted save left beside it, or, for a training
     run, its best/ or last/. Raises UserError if there is none."""
-    path = Path(path)
+    path = Path(path) if Path(path).name else Path(path).resolve()         # "." has no name to put .new behind
     for base in (path, path / "best", path / "last"):
         for candidate in (base, base.with_name(base.name + ".new"), base.with_name(base.name + ".old")):
             if is_whole(candidate):
@@ -724,16 +728,22 @@ def whole(path):
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value
 
 
 def read_tensors(directory):
     """All tensors of model.safetensors, or of the shards its index names, mapped from the files. Raises UserError."""
     names = ["model.safetensors"]
     if (directory / "model.safetensors.index.json").is_file() and not (directory / names[0]).is_file():
-        names = sorted(set(read_json(directory / "model.safetensors.index.json").get("weight_map", {}).values()))
+        shards = read_json(directory / "model.safetensors.index.json").get("weight_map")
+        if not isinstance(shards, dict) or any(Path(str(n)).name != n for n in shards.values()):
+            raise UserError(f"{directory / 'model.safetensors.index.json'} has no weight_map of file names")
+        names = sorted(set(shards.values()))
     tensors = {}
     for name in names:
         if not (directory / name).is_file():
@@ -758,11 +768,14 @@ def load(path, device="cpu", dtype=None):
     """
     directory = whole(path)
     hub = read_json(directory / "config.json")
-    config = config_from_hub(hub)
-    with torch.device("meta"):
-        model = Transformer(config)
-        for entry in hub.get("compression") or []:
-            model.replace(entry)
+    try:
+        config = config_from_hub(hub)
+        with torch.device("meta"):
+            model = Transformer(config)
+            for entry in hub.get("compression") or []:
+                model.replace(entry)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{directory / 'config.json'} has a value that cannot be ({error!r})") from None
     shapes, tensors = {name: t.shape for name, t in model.state_dict().items()}, read_tensors(directory)
     if not model.compression:
         tensors = to_ours(tensors, FAMILIES[config.model_type], shapes)
@@ -780,6 +793,9 @@ def load(path, device="cpu", dtype=None):
     for name, t in model.named_buffers():                        # integers and scales: read, never converted
         if tensors[name].dtype != t.dtype:
             raise UserError(f"{directory}: {name} is {tensors[name].dtype}, config.json says {t.dtype}")
+    for name in dict(model.named_parameters()).keys() & tensors.keys():
+        if not tensors[name].is_floating_point():
+            raise UserError(f"{directory}: {name} is {tensors[name].dtype}, not a float type")
     model.load_state_dict(tensors, strict=False, assign=True)    # strict: see above
     model.tie_weights()
     model.history = hub.get("history", [])
@@ -816,8 +832,10 @@ def save(model, directory, tokenizer=None, extra=None):
             extra(new)
         for file in new.iterdir():                                 # on disk before config.json says that it is whole
             sync(file)
-        write_json(new / "config.json", config)
-        sync(new / "config.json")
+        shutil.copymode(new / "README.md", new / "model.safetensors")      # safetensors lets nobody else read it
+        write_json(new / "config.json.tmp", config)
+        sync(new / "config.json.tmp")
+        os.replace(new / "config.json.tmp", new / "config.json")
 
 
 def write_json(path, value):
@@ -827,6 +845,12 @@ def write_json(path, value):
 def sync(path):
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
+
+
+def model_name(path):
+    """What a child calls its parent: the directory's name, or a run's."""
+    directory = whole(path).resolve()
+    return directory.parent.name if directory.name in ("best", "last") else directory.name
 
 
 def checkpoint_hash(path):

@@ -4,6 +4,7 @@
     python sample.py out --prompt "import os" --samples 3 --temperature 0.8 --top-p 0.95
     echo "class Stack:" | python sample.py out --max-new-tokens 300 --seed 7
     python sample.py out --file notes.txt --temperature 0
+    python sample.py out-faq --chat                        # a model trained on prompts and responses
 
 Text goes to standard output as it is made; what was chosen and how fast it went goes to standard error.
 """
@@ -41,8 +42,8 @@ def score(model, batches, token_bytes):
     for batch in batches:
         batch = type(batch)(*(None if t is None else t.to(device) for t in batch))
         learned = batch.targets >= 0
-        total += torch.stack((token_losses(model, batch).double().sum(), learned.sum().double(),
-                              token_bytes[batch.targets[learned]].sum().double())).cpu()
+        sums = (token_losses(model, batch).sum(), learned.sum(), token_bytes[batch.targets[learned]].sum())
+        total += torch.stack([s.cpu().double() for s in sums])                 # not on the device: mps has no float64
     model.train(training)
     return total
 
@@ -69,7 +70,7 @@ def next_token(logits, seen, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, rep
     if repetition_penalty != 1.0:
         old = logits.gather(1, seen)
         logits = logits.scatter(1, seen, torch.where(old > 0, old / repetition_penalty, old * repetition_penalty))
-    if temperature == 0:
+    if temperature < 1e-5:
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
     if top_k:
@@ -146,6 +147,8 @@ def arguments(argv):
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the text to continue (default: standard input; a new document on a terminal)")
     source.add_argument("--file", help="read the text to continue from this file")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a question in the model's chat template; "
+                        "without a prompt, a conversation: a line a turn")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--samples", type=int, default=1, help="how many continuations; they are made together")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
@@ -157,6 +160,8 @@ def arguments(argv):
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--smoke", action="store_true", help="20 tokens only")
     args = parser.parse_args(argv)
+    if args.seed is not None and not 0 <= args.seed < 2 ** 63:
+        raise UserError(f"--seed is {args.seed}; it must be at least 0 and below 2^63")
     if args.smoke:
         args.max_new_tokens = min(args.max_new_tokens, 20)
     for name, least, most in (("max_new_tokens", 1, None), ("samples", 1, None), ("temperature", 0, None),
@@ -180,30 +185,68 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+def decoded(data, where):
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{where} is not UTF-8 text") from None
+
+
+def sampling(args):
+    return {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p",
+                                                   "repetition_penalty")}
+
+
+def chat(model, tokenizer, args):
+    """Turns from standard input, a line each, until it ends; the oldest are forgotten when the window is full."""
+    messages, seed = [], args.seed
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        messages.append({"role": "user", "content": line})
+        room = model.config.max_position_embeddings - args.max_new_tokens
+        while len(messages) > 1 and len(tokenizer.encode(tokenizer.render(messages), special=True)) > room:
+            del messages[:2]
+        ids = continuations(model, tokenizer, tokenizer.render(messages), seed=seed, **sampling(args))
+        answer = ""
+        for text in pieces(tokenizer, (int(i) for i in ids), tokenizer.eos_ids):
+            answer += text
+            print(text, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": answer})
+        seed = None if seed is None else seed + 1
+
+
 def main(argv=None):
     args = arguments(argv)
     if args.file is not None:
-        try:
-            prompt = Path(args.file).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"--file {args.file} is not UTF-8 text") from None
+        prompt = decoded(Path(args.file).read_bytes(), f"--file {args.file}")
     elif args.prompt is not None:
         prompt = args.prompt
+    elif args.chat or sys.stdin is None or sys.stdin.isatty():
+        prompt = ""
     else:
-        prompt = "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", errors="replace").rstrip("\n")
+        prompt = decoded(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
     directory = whole(args.model)
     device = pick_device(args.device)
     model = load(directory, device, torch.float32 if device.type == "cpu" else None)    # a CPU is slow at 16 bits
     tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model only "
+                        f"{model.config.vocab_size}: they do not belong together")
+    if args.chat and not prompt:
+        return chat(model, tokenizer, args)
+    if args.chat:
+        prompt = tokenizer.render([{"role": "user", "content": prompt}])
     count, window = len(tokenizer.encode(prompt, special=True, bos=True)), model.config.max_position_embeddings
     if count > window:
         print(f"the prompt has {count} tokens, the window {window}: only the last {window} are read", file=sys.stderr)
     start, stamps = time.perf_counter(), []
 
     def stream():
-        for ids in continuations(model, tokenizer, prompt, args.samples, args.seed, max_new_tokens=args.max_new_tokens,
-                                 temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-                                 repetition_penalty=args.repetition_penalty):
+        for ids in continuations(model, tokenizer, prompt, args.samples, args.seed, **sampling(args)):
             stamps.append(time.perf_counter())
             yield ids.tolist()
 

@@ -24,7 +24,7 @@ from data import Parser, UserError, run
 from data.loader import IGNORE, LEARNED, Batch, Windows
 from data.prepare import find, prepare
 from data.tokenizer import Tokenizer
-from model import Config, Transformer, checkpoint_hash, load, read_json, save, whole
+from model import Config, Transformer, checkpoint_hash, load, model_name, read_json, save, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def parse(config_class, description, argv=None):
     for f in dataclasses.fields(config_class):
         flag, help = "--" + f.name.replace("_", "-"), comments[f.name].replace("%", "%%") + f" (default: {f.default!r})"
         if f.type in (bool, "bool"):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=help)
         else:
             parser.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, help=help)
     given = vars(parser.parse_args(argv))
@@ -108,10 +108,14 @@ def check(cfg):
         if getattr(cfg, name) not in options]
     wrong += [f"--{name.replace('_', '-')} must be at least {least}" for least, names in (
         (1, ("layers", "width", "heads", "context", "batch_size", "evals")),
-        (0, ("steps", "micro_batch", "warmup", "lr", "embed_lr", "matrix_lr", "clip", "eval_tokens")))
-        for name in names if getattr(cfg, name) < least]
-    wrong += [f"--{name} must be between 0 and 1" for name in ("decay", "dropout") if not 0 <= getattr(cfg, name) <= 1]
-    if cfg.steps == 0 and not cfg.minutes > 0:
+        (0, ("kv_heads", "head_dim", "ffn", "steps", "micro_batch", "warmup", "lr", "embed_lr", "matrix_lr", "clip",
+             "weight_decay", "seed", "eval_tokens", "save_seconds")))
+        for name in names if not least <= getattr(cfg, name) < math.inf]
+    wrong += [f"--{name} must be at least 0 and below 1" for name in ("dropout", "beta1", "beta2", "momentum")
+              if not 0 <= getattr(cfg, name) < 1]
+    if not 0 <= cfg.decay <= 1:
+        wrong.append("--decay must be between 0 and 1")
+    if cfg.steps == 0 and not 0 < cfg.minutes < math.inf:
         wrong.append("--steps or --minutes must be above 0")
     if not cfg.init_from and cfg.head_dim == 0 and cfg.width % cfg.heads:
         wrong.append(f"--width ({cfg.width}) does not divide by --heads ({cfg.heads})")
@@ -126,7 +130,7 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 Machine = collections.namedtuple("Machine", "device dtype rank size matmul_rate")
 
 
-def matmul_rate(device, dtype, size=1024, seconds=0.2):
+def matmul_rate(device, dtype, size, seconds=0.2):
     """Multiplications and additions a second of a square product on this device: the median of what fits the time."""
     a, times = torch.randn(size, size, device=device).to(dtype), []
     end = time.perf_counter() + seconds
@@ -152,10 +156,10 @@ def set_up(cfg):
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rate, why = matmul_rate(device, torch.float32), "as asked"
+    side, why = 4096 if device.type == "cuda" else 1024, "as asked"      # large enough not to time the launch alone
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        rate = matmul_rate(device, torch.float32)
+    rate = matmul_rate(device, torch.float32, side)
     dtype = DTYPES[cfg.dtype]
     if dtype is None and device.type == "cuda":
         # Not torch.cuda.is_bf16_supported(): it counts emulation, and Turing and Volta are slow at it.
@@ -168,7 +172,7 @@ def set_up(cfg):
     elif dtype is None:
         dtype, why = torch.float32, "the safe choice on mps, which is experimental here"
     if dtype != torch.float32:
-        rate = matmul_rate(device, dtype, 256 if device.type == "cpu" else 1024)     # emulated, 1024 takes seconds
+        rate = matmul_rate(device, dtype, 256 if device.type == "cpu" else side)     # emulated, 1024 takes seconds
     machine = Machine(device, dtype, rank, size, rate)
     say(machine, f"device {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "") +
         (f", {size} processes" if size > 1 else "") + f"; {str(dtype)[6:]} ({why}); "
@@ -180,6 +184,10 @@ def say(machine, text):
     if machine.rank == 0:
         tqdm.write(text)
         sys.stdout.flush()
+
+
+def to_device(batch, device):
+    return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
 
 
 def all_sum(machine, tensor):
@@ -266,7 +274,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(x, steps=3):
     """About U V^T of each x = U S V^T, x (n, rows, columns), by Newton-Schulz iterations with Jordan's coefficients.
 
-    Three, not his five: at widths of 128 the loss after equal steps was the same, and a step 8 % faster on a CPU.
+    Three, not his five: at these widths the loss after equal steps was the same, and each costs time on a CPU.
     """
     x = x.bfloat16() if x.is_cuda else x.float()
     transposed = x.shape[1] > x.shape[2]
@@ -316,7 +324,7 @@ def lr_at(step, total, cfg):
 TIMED = range(3, 13)                                    # the steps a time budget is measured on; the first are slower
 
 
-class Step(nn.Module):
+class ModelAndLoss(nn.Module):
     """One forward pass as a module, so that DistributedDataParallel sees the loss's own parameters too."""
     def __init__(self, model, loss_fn):
         super().__init__()
@@ -362,14 +370,21 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = cfg.dropout
-    forward = Step(model, loss_fn)
-    if cfg.compile:
-        model.compile()                                                      # in place: no prefix in the state dict
-    if machine.size > 1:
-        forward = nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
     share = cfg.batch_size // machine.size
     micro = min(cfg.micro_batch or share, share)
-    unit = cfg.batch_size * cfg.context / machine.size                       # keeps float16 gradients in range
+    positions = cfg.batch_size * cfg.context                                 # a step's
+    forward = ModelAndLoss(model, loss_fn)
+    if cfg.compile:
+        model.compile()                                                      # in place: no prefix in the state dict
+        try:                                                                 # errors come with the first real step
+            with autocast:
+                forward(to_device(batches(0, micro), device))[0].backward()
+            forward.zero_grad(set_to_none=True)
+        except Exception as error:
+            raise UserError(f"--compile does not work here ({type(error).__name__}): leave it out, or install a C++ "
+                            "compiler that torch.compile finds") from None
+    if machine.size > 1:
+        forward = nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
     log = Log(out / "log.jsonl", step, machine, cfg)
     wanted = Interrupt()
 
@@ -379,14 +394,28 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
                     loss=loss_fn.state_dict() if isinstance(loss_fn, nn.Module) else {})
 
     def keep(name, **figures):
+        nonlocal saves
+        if not all(p.isfinite().all() for p in model.parameters()):          # the last update was one too large
+            diverged("model")
+        saves += 1
         model.history = parents + [{**entry, "steps": step, "tokens": tokens_seen, "seconds": round(seconds, 1),
                                     **figures}]
         if machine.rank == 0:
             save(model, out / name, tokenizer,
                  (lambda new: torch.save(state_of(), new / "training_state.pt")) if name == "last" else None)
 
+    def diverged(what):
+        raise UserError(f"the {what} is not finite at step {step + 1}" +
+                        (f"; the last good checkpoint is {out / 'last'}" if saves else "") +
+                        ": lower --lr, --embed-lr and --matrix-lr, or use --dtype float32")
+
     model.train()
-    figures, durations, saved = {}, [], time.perf_counter()
+    figures, durations, since, overflows, saves = {}, [], (0, 0.0), 0, int(cfg.resume)
+    saved = time.perf_counter()
+    if total and step >= total:
+        say(machine, f"{out} is at step {step} of {total} already: --steps N goes on")
+    elif cfg.resume and total != state["total"]:
+        say(machine, f"from step {step} on, the learning rate is that of a run of {total} steps")
     bar = tqdm(total=total or None, initial=step, desc="training", unit="step", dynamic_ncols=True,
                disable=None if machine.rank == 0 else True)                  # None: off where there is no terminal
     while not total or step < total:
@@ -395,17 +424,16 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         for o in optimizers:
             for g in o.param_groups:
                 g["lr"] = g["peak"] * factor
-        torch.manual_seed((cfg.seed * 10 ** 9 + step) * 10 ** 4 + machine.rank)        # dropout
+        torch.manual_seed(((cfg.seed * 10 ** 9 + step) * 10 ** 4 + machine.rank) % 2 ** 63)     # dropout
         sums = torch.zeros(2, device=device)                                 # loss, supervised tokens
         metrics = collections.defaultdict(float)
         first = step * cfg.batch_size + machine.rank * share
         for row in range(first, first + share, micro):
-            batch = batches(row, min(micro, first + share - row))
-            batch = Batch(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
+            batch = to_device(batches(row, min(micro, first + share - row)), device)
             last = row + micro >= first + share
             with autocast, contextlib.nullcontext() if last or machine.size == 1 else forward.no_sync():
                 loss, count, extra = forward(batch)
-                scaler.scale(loss / unit).backward()
+                scaler.scale(loss * machine.size / positions).backward()     # DDP takes the mean over processes
             sums += torch.stack((loss.detach().float(), count.float()))
             for k, v in extra.items():
                 metrics[k] += float(v)
@@ -413,16 +441,18 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         params = [p for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
         for o in optimizers:
             scaler.unscale_(o)
-        if count != cfg.batch_size * cfg.context:                            # masked prompts, padding
-            torch._foreach_mul_([p.grad for p in params], cfg.batch_size * cfg.context / max(count, 1))
+        if count != positions:                                               # masked prompts, padding
+            torch._foreach_mul_([p.grad for p in params], positions / max(count, 1))
         norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf).item()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            bar.close()
-            what = "gradient" if math.isfinite(loss) else "loss"
-            raise UserError(f"the {what} is not finite at step {step + 1}; the last good checkpoint is {out / 'last'}: "
-                            "lower --lr, --embed-lr and --matrix-lr, or use --dtype float32")
+        if not math.isfinite(loss):
+            diverged("loss")
+        # float16 overflows now and then: the scaler halves its scale, and no optimizer steps. Not for ever, though.
+        overflows = 0 if math.isfinite(norm) else overflows + 1
+        if overflows > (30 if scaler.is_enabled() else 0):
+            diverged("gradient")
         for o in optimizers:
-            scaler.step(o)
+            if not overflows:
+                scaler.step(o)
             o.zero_grad(set_to_none=True)
         scaler.update()
         if after_step is not None:
@@ -437,7 +467,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
                 bar.total = total
                 bar.refresh()
         loss /= max(count, 1)
-        rate = count / taken
+        rate, since = positions / taken, (since[0] + 1, since[1] + taken)
         log.write(step=step, loss=loss, lr=factor, grad_norm=norm, tokens=tokens_seen, seconds=round(seconds, 3),
                   tokens_per_second=round(rate), **{k: v / max(count, 1) for k, v in metrics.items()})
         bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
@@ -448,12 +478,14 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
             figures = evaluate(model)
             val = {"val_" + k: v for k, v in figures.items()}
             seconds += time.perf_counter() - start
+            if not math.isfinite(figures["loss"]):
+                diverged("validation loss")
             log.write(step=step, tokens=tokens_seen, seconds=round(seconds, 3), **val)
-            flops = 3 * model.flops_per_token(cfg.context)
-            share_of_rate = flops * tokens_seen / seconds / machine.matmul_rate / machine.size
+            rate, since = since[0] * positions / since[1], (0, 0.0)
+            busy = 3 * model.flops_per_token(cfg.context) * rate / machine.matmul_rate / machine.size
             say(machine, f"step {step} of {total}, {seconds:.0f} s: validation loss {figures['loss']:.4f}, perplexity "
                 f"{figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits per byte; {rate:,.0f} tokens/s, "
-                f"{share_of_rate:.0%} of the matmul rate")
+                f"{busy:.0%} of the matmul rate")
             if figures["loss"] < best:
                 best = figures["loss"]
                 keep("best", **val)
@@ -465,8 +497,8 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         if stop and step != total:
             bar.close()
             log.close()
-            say(machine, f"stopped at step {step}; {out / 'last'} holds everything. Go on with: "
-                f"python {Path(sys.argv[0]).name} --out {cfg.out} --resume")
+            say(machine, f"stopped at step {step}; {out / 'last'} holds everything. Go on with "
+                f"{Path(sys.argv[0]).name} --out {cfg.out} --resume")
             raise KeyboardInterrupt
     bar.close()
     log.close()
@@ -510,16 +542,17 @@ class Log:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         before = [line for line in read_log(path) if line["step"] <= step] if step else []
-        self.file = open(path, "w", encoding="utf-8")
-        for line in before:
-            self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        new = path.with_name(path.name + ".new")                             # a kill must not cost the curve so far
+        new.write_text("".join(json.dumps(line) + "\n" for line in before), encoding="utf-8")
+        os.replace(new, path)
+        self.file = open(path, "a", encoding="utf-8")
         if cfg.wandb:
             try:
                 import wandb
-            except ImportError:
-                raise UserError("--wandb needs the wandb package: pip install wandb, or leave the flag out") from None
-            self.wandb = wandb.init(project=cfg.wandb, name=path.parent.name, config=dataclasses.asdict(cfg))
+                self.wandb = wandb.init(project=cfg.wandb, name=path.parent.name, config=dataclasses.asdict(cfg))
+            except Exception as error:
+                raise UserError(f"--wandb {cfg.wandb} failed ({error}): install wandb and run wandb login, set "
+                                "WANDB_MODE=offline, or leave the flag out") from None
 
     def write(self, **line):
         if self.file:
@@ -549,7 +582,9 @@ def read_state(out):
     """training_state.pt of OUT/last. Raises UserError if it is not there or not whole."""
     file = whole(Path(out) / "last") / "training_state.pt"
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return {k: state[k] for k in ("step", "total", "seconds", "tokens", "best", "scaler", "optimizers", "config",
+                                      "loss")}
     except FileNotFoundError:
         raise UserError(f"{file.parent} has no training_state.pt, so it cannot be resumed: start a new run with "
                         f"--init-from {file.parent}") from None
@@ -570,6 +605,8 @@ def picture(out):
     lines = read_log(out / "log.jsonl")
     train = [(l["tokens"], l["loss"]) for l in lines if "loss" in l]
     val = [(l["tokens"], l["val_loss"]) for l in lines if "val_loss" in l]
+    if not val:
+        return
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     ax.plot(*zip(*train), color="0.75", linewidth=0.8, label="training batch")
     ax.plot(*zip(*val), "o-", color="tab:blue", label="validation")
@@ -588,8 +625,12 @@ def picture(out):
 def open_model(cfg, given, tokenizer, machine):
     """The model to train: a run's last, a directory to start from, or a new one with random weights.
 
-    A window shorter than --context lowers that, unless it was given. Raises UserError for another tokenizer.
+    A window shorter than --context lowers that, unless it was given. Raises UserError for another tokenizer, or for
+    flags that the model does not leave open.
     """
+    fixed = [n for n in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "tie") if n in given]
+    if cfg.init_from and not cfg.resume and fixed:
+        raise UserError(f"--{fixed[0].replace('_', '-')} is for a new model; --init-from keeps the shape of that one")
     if cfg.resume or cfg.init_from:
         path = whole(Path(cfg.out) / "last") if cfg.resume else whole(cfg.init_from)
         model = load(path)
@@ -618,47 +659,107 @@ def open_model(cfg, given, tokenizer, machine):
 def resumed(cfg, given):
     """The config of the run in cfg.out, with the flags that were given. Raises UserError if they change the model."""
     stored = read_state(cfg.out)["config"]
+    if "minutes" in given:
+        raise UserError("--minutes plans a new run; to go on beyond this one's last step give --steps")
     for name in ("data", "init_from", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "tie", "vocab_size",
-                 "context"):
+                 "context", "batch_size", "optimizer", "seed"):
         if name in given and getattr(cfg, name) != stored[name]:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but the run in {cfg.out} has "
                             f"{stored[name]}: leave the flag out, or give another --out")
     return type(cfg)(**{**stored, **{name: getattr(cfg, name) for name in given}, "out": cfg.out, "resume": True})
 
 
+def check_out(cfg):
+    """True if OUT holds a run. Raises UserError if the run may not be written there."""
+    out = Path(cfg.out)
+    if out.is_file() or (out / "config.json").exists():
+        raise UserError(f"--out {out} is a {'file' if out.is_file() else 'model'}, not a run's directory: give another "
+                        "--out")
+    for d in (out / "best", out / "last"):
+        if d.is_dir() and any(d.iterdir()) and not (d / "config.json").exists():
+            raise UserError(f"{d} holds something else than a model: give another --out")
+    held = any((out / (d + end) / "config.json").exists() for d in ("best", "last") for end in ("", ".new", ".old"))
+    if held and not (cfg.resume or cfg.overwrite):
+        raise UserError(f"{out} holds a model already: go on with --resume, replace it with --overwrite, or give "
+                        "another --out")
+    if cfg.init_from and not cfg.resume and whole(cfg.init_from).resolve().parent == out.resolve():
+        raise UserError(f"--init-from {cfg.init_from} is the run that --out {out} would replace: give another --out")
+    return held
+
+
+def open_data(cfg, given, machine):
+    """The directory of prepared data; a known corpus that is missing is prepared, by one process for all."""
+    if machine.rank == 0 and find(cfg.data, cfg.smoke) is None:
+        prepare(cfg.data, vocab_size=cfg.vocab_size, smoke=cfg.smoke)
+    if machine.size > 1:
+        dist.barrier()
+    directory = find(cfg.data, cfg.smoke)
+    ids = read_json(directory / "meta.json")["vocab_size"]
+    if "vocab_size" in given and cfg.vocab_size != ids:
+        raise UserError(f"--vocab-size is {cfg.vocab_size}, but {cfg.data} was prepared with {ids} ids: prepare it "
+                        "anew with data/prepare.py --vocab-size, or leave the flag out")
+    return directory
+
+
+def history_entry(cfg, meta, tokenizer, model):
+    """What config.json will say of this run. Raises UserError if a resumed run's data is not what it was."""
+    if cfg.resume:
+        entry = model.history[-1]
+        if entry["data_sha256"] != meta["sha256"]:
+            raise UserError(f"the data {cfg.data} is not what this run began with: prepare that again, or start a new "
+                            f"run with --init-from {cfg.out}")
+        return {k: v for k, v in entry.items() if not k.startswith("val_")}
+    entry = {"step": "train", "data": meta["name"], "data_sha256": meta["sha256"], "tokenizer": tokenizer.hash[:16],
+             "seed": cfg.seed, "batch_size": cfg.batch_size, "context": cfg.context}
+    if cfg.init_from:
+        entry["parent"] = {"name": model_name(cfg.init_from), "sha256": checkpoint_hash(cfg.init_from)}
+    return entry
+
+
+def show_sample(cfg, machine, tokenizer, val):
+    """Prints how the best model goes on from the beginning of the validation text (or the first example's prompt)."""
+    model, opening = load(Path(cfg.out) / "best", machine.device), 16
+    if val.mask is not None:
+        opening = (val.mask[:] & LEARNED).argmax()
+    prompt = tokenizer.decode_bytes(val.tokens[:opening].tolist()).decode("utf-8", errors="ignore")
+    print(f"\nHow the validation text begins, and how the model goes on:\n\n{prompt}", end="", flush=True)
+    stream = sample.continuations(model, tokenizer, prompt, seed=cfg.seed, max_new_tokens=20 if cfg.smoke else 200,
+                                  temperature=0.8, top_p=0.95)
+    for text in sample.pieces(tokenizer, (int(i) for i in stream), tokenizer.eos_ids):
+        print(text, end="", flush=True)
+    print(f"\n\nMore: python sample.py {cfg.out} --prompt TEXT")
+
+
 def main(argv=None):
     cfg, given = parse(TrainConfig, __doc__, argv)
     out = Path(cfg.out)
-    held = any((out / d / "config.json").exists() for d in ("best", "last", "last.new", "last.old", ""))
+    held = check_out(cfg)
     if cfg.resume and held:
         cfg = resumed(cfg, given)
     elif cfg.resume:
         cfg.resume = False
         print(f"nothing is saved in {out} yet: starting from the beginning")
-    elif held and not cfg.overwrite:
-        raise UserError(f"{out} holds a model already: go on with --resume, replace it with --overwrite, or give "
-                        "another --out")
     check(cfg)
     machine = set_up(cfg)
     if cfg.batch_size % machine.size:
         raise UserError(f"--batch-size {cfg.batch_size} does not divide by the {machine.size} processes")
-    directory = find(cfg.data, cfg.smoke) or prepare(cfg.data, vocab_size=cfg.vocab_size, smoke=cfg.smoke)
+    directory = open_data(cfg, given, machine)
     tokenizer = Tokenizer.load(directory)
     model = open_model(cfg, given, tokenizer, machine)
     train, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
-    meta = train.meta
-    if cfg.overwrite and not cfg.resume and machine.rank == 0:
-        for d in ("best", "last"):
-            shutil.rmtree(out / d, ignore_errors=True)
-    c = model.config
-    tokens_per_step, sizes = cfg.batch_size * cfg.context, meta["splits"]
-    eval_tokens = min(cfg.eval_tokens or math.inf, sizes["val"]["tokens"])
+    meta, c = train.meta, model.config
+    entry = history_entry(cfg, meta, tokenizer, model)
+    if cfg.overwrite and not cfg.resume and machine.rank == 0:       # last, when nothing else can go wrong
+        for d in itertools.product(("best", "last"), ("", ".new", ".old")):
+            shutil.rmtree(out / "".join(d), ignore_errors=True)
+    positions, sizes = cfg.batch_size * cfg.context, meta["splits"]
+    eval_tokens = min(max(cfg.eval_tokens, cfg.context) if cfg.eval_tokens else math.inf, sizes["val"]["tokens"])
     say(machine, f"data {meta['name']}: {sizes['train']['tokens']:,} training tokens of "
         f"{sizes['train']['bytes'] / max(1, sizes['train']['tokens']):.2f} bytes, vocabulary {meta['vocab_size']:,}")
-    say(machine, f"model: {model.parameters_count():,} parameters, {c.num_hidden_layers} layers of width "
-        f"{c.hidden_size}; {c.num_attention_heads} heads; "
-        f"MLP {c.intermediate_size}; window {c.max_position_embeddings}")
-    say(machine, f"{tokens_per_step:,} tokens a step; each of {cfg.evals} evaluations reads {eval_tokens:,} of "
+    say(machine, f"model: {model.parameters_count():,} parameters; {c.num_hidden_layers} layers of width "
+        f"{c.hidden_size}, {c.num_attention_heads} heads, MLP of {c.intermediate_size}, window of "
+        f"{c.max_position_embeddings}")
+    say(machine, f"{positions:,} tokens a step; each of {cfg.evals} evaluations reads {eval_tokens:,} of "
         f"{sizes['val']['tokens']:,} validation tokens")
     if train.truncated:
         say(machine, f"{train.truncated:,} examples exceed the window of {cfg.context} tokens and are cut there")
@@ -671,23 +772,11 @@ def main(argv=None):
             sums = sample.score(model, mine, tokenizer.token_bytes())
         return sample.figures(*all_sum(machine, sums))
 
-    entry = {"step": "train", "data": meta["name"], "data_sha256": meta["sha256"], "tokenizer": tokenizer.hash[:16],
-             "seed": cfg.seed, "batch_size": cfg.batch_size, "context": cfg.context}
-    if cfg.init_from:
-        entry["parent"] = {"name": whole(cfg.init_from).name, "sha256": checkpoint_hash(cfg.init_from)}
     fit(model, lambda first, count: train.training_rows(cfg.seed, first, count), cross_entropy, cfg, machine,
-        evaluate=evaluate, tokenizer=tokenizer, entry=entry, eval_cost=eval_tokens / tokens_per_step / 3)
+        evaluate=evaluate, tokenizer=tokenizer, entry=entry, eval_cost=eval_tokens / positions / 3)
     if machine.rank == 0:
         picture(out)
-        model = load(out, machine.device)
-        opening = 16 if val.mask is None else (val.mask[:] & LEARNED).argmax()      # or the first example's prompt
-        prompt = tokenizer.decode(val.tokens[:opening].tolist())
-        print(f"\nHow the validation text begins, and how {out / 'best'} goes on:\n\n{prompt}", end="", flush=True)
-        stream = sample.continuations(model, tokenizer, prompt, seed=cfg.seed, max_new_tokens=20 if cfg.smoke else 200,
-                                      temperature=0.8, top_p=0.95)
-        for text in sample.pieces(tokenizer, (int(i) for i in stream), tokenizer.eos_ids):
-            print(text, end="", flush=True)
-        print(f"\n\nMore: python sample.py {cfg.out} --prompt TEXT")
+        show_sample(cfg, machine, tokenizer, val)
     if dist.is_initialized():
         dist.destroy_process_group()
 

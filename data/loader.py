@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.tokenizer import UserError
+from data import UserError
 
 IGNORE = -100           # target of a position that is not learned: padding, prompts (torch's ignore_index)
 LEARNED, FIRST = 1, 2   # bits of *.mask.bin: this token is learned; this token begins an example
@@ -21,9 +21,9 @@ Batch = namedtuple("Batch", "ids targets segments")     # (B, T) int64 each; seg
 class Windows:
     """One split cut into windows of `context` tokens and the token after each.
 
-    Plain text: window w of an epoch begins at token shift + w * context, so each token is learned once an epoch; order
-    and shift are new in each. Prompts and responses: whole examples, as many as fit; one longer than the window begins
-    a window and is cut (`truncated` counts them). Raises UserError if the split is shorter than one window.
+    Plain text: an epoch is all windows but one, which fit behind a shift; order and shift are new in each epoch, so all
+    tokens are learned about equally often. Prompts and responses: whole examples, as many as fit; one longer than the
+    window begins one and is cut (`truncated` counts them). Raises UserError if the split is shorter than one window.
     """
     def __init__(self, directory, split, context):
         directory = Path(directory)
@@ -40,9 +40,8 @@ class Windows:
                             f"{context} and the token after it: give it more text or lower --context")
         else:
             self.starts, self.ends = np.arange(0, length - 1, context), None
-        # An epoch's windows, shifted by up to one window, must end inside the text, whatever the shift.
         self.per_epoch = len(self.starts) if self.mask is not None else max(1, (length - 1) // context - 1)
-        self.max_shift = 0 if self.mask is not None else min(context - 1, length - 1 - self.per_epoch * context)
+        self.max_shift = 0 if self.mask is not None else length - 1 - self.per_epoch * context
         self._epoch = None
 
     def _pack(self, firsts, length):

@@ -232,8 +232,9 @@ def test_bfloat16_and_the_float16_scaler_train(data, tmp_path):
 
 def test_best_is_kept_apart_from_last(data, tmp_path):
     go(data, tmp_path / "run", "--steps", 8)
-    go(data, tmp_path / "worse", "--init-from", tmp_path / "run", "--steps", 8, "--lr", 3, "--matrix-lr", 3, "--clip", 0)
-    assert load(tmp_path / "worse").history[-1]["parent"]["name"] == "best"
+    train.main(["--data", str(data), "--out", str(tmp_path / "worse"), "--init-from", str(tmp_path / "run"), "--steps", "8",
+                "--evals", "2", "--lr", "3", "--matrix-lr", "3", "--clip", "0"])
+    assert load(tmp_path / "worse").history[-1]["parent"]["name"] == "run" and len(load(tmp_path / "worse").history) == 2
     entries = [load(tmp_path / "worse" / d).history[-1]["val_loss"] for d in ("best", "last")]
     logged = [s["val_loss"] for s in steps(tmp_path / "worse") if "val_loss" in s]
     assert entries == [min(logged), logged[-1]]
@@ -285,6 +286,16 @@ def test_bad_input(data, whole_run, examples, tmp_path):
     refused("--data", data, "--out", whole_run, match="--resume")
     refused("--out", whole_run, "--resume", "--width", 64, match="--width is 64, but the run")
     refused("--data", examples, "--out", tmp_path / "x", "--init-from", tmp_path / "nothing", match="no directory")
+    refused(*d, "--init-from", whole_run, "--layers", 3, match="--layers is for a new model")
+    refused(*d, "--vocab-size", 999, match="was prepared with 259 ids")
+    refused(*d, "--seed", -1, match="--seed must be at least 0")
+    refused(*d, "--beta1", 1.5, match="--beta1 must be at least 0 and below 1")
+    refused(*d, "--lr", "nan", match="--lr must be at least 0")
+    refused("--data", data, "--out", whole_run / "best", "--overwrite", match="is a model, not a run's directory")
+    refused("--data", data, "--out", whole_run, "--overwrite", "--init-from", whole_run, match="would replace")
+    refused("--out", whole_run, "--resume", "--optimizer", "adamw", match="--optimizer is adamw, but the run")
+    refused("--out", whole_run, "--resume", "--minutes", 3, match="give --steps")
+    assert load(whole_run).history                                                   # it is all still there
     other = Path(shutil.copytree(whole_run, tmp_path / "other"))
     t = json.loads((other / "best" / "tokenizer.json").read_text(encoding="utf-8"))
     t["model"]["vocab"]["zz"] = t["model"]["vocab"].pop("z")
@@ -298,11 +309,35 @@ def test_bad_input(data, whole_run, examples, tmp_path):
     assert not (tmp_path / "x" / "last").exists()
 
 
+def test_resume_refuses_data_that_changed(data, whole_run, tmp_path):
+    run, changed = shutil.copytree(whole_run, tmp_path / "run"), shutil.copytree(data, tmp_path / "data")
+    state = torch.load(run / "last" / "training_state.pt", weights_only=True)
+    torch.save({**state, "config": {**state["config"], "data": str(changed)}}, run / "last" / "training_state.pt")
+    meta = json.loads((changed / "meta.json").read_text(encoding="utf-8"))
+    (changed / "meta.json").write_text(json.dumps({**meta, "sha256": "other"}), encoding="utf-8")
+    refused("--out", run, "--resume", "--steps", 20, match="not what this run began with")
+
+
+def test_a_finished_run_resumes_to_itself_and_further(data, whole_run, tmp_path, capsys):
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    train.main(["--out", str(run), "--resume"])
+    assert "at step 12 of 12 already" in capsys.readouterr().out and equal(state(run), state(whole_run))
+    train.main(["--out", str(run), "--resume", "--steps", "15"])
+    assert "of a run of 15 steps" in capsys.readouterr().out and train.read_state(run)["step"] == 15
+    assert steps(run)[:12] == steps(whole_run)[:12] and len(load(run / "last").history) == 1
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(data, tmp_path):
     go(data, tmp_path / "run", "--steps", 4)
     with pytest.raises(UserError, match="not finite at step .*last good checkpoint"):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "300", "--lr", "1e30", "--matrix-lr", "1e30"])
     assert all(p.isfinite().all() for p in load(tmp_path / "run" / "last").parameters())
+
+
+def test_a_model_that_is_not_finite_is_never_saved(data, tmp_path):
+    with pytest.raises(UserError, match="the (model|validation loss) is not finite"):
+        go(data, tmp_path / "run", "--steps", 20, "--evals", 20, "--lr", "1e38", "--warmup", 0)
+    assert not (tmp_path / "run" / "last").exists()
 
 
 def test_exit_code_and_one_sentence(data, tmp_path):
