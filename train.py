@@ -608,7 +608,11 @@ def picture(out):
     if not val:
         return
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    ax.plot(*zip(*train), color="0.75", linewidth=0.8, label="training batch")
+    ax.plot(*zip(*train), color="0.85", linewidth=0.8, label="training, a step")
+    n = max(1, len(train) // 50)
+    smooth = [(train[i + n - 1][0], statistics.fmean(l for _, l in train[i:i + n]))
+              for i in range(0, len(train) - n + 1, n)]
+    ax.plot(*zip(*smooth), color="0.4", label=f"training, mean of {n}")
     ax.plot(*zip(*val), "o-", color="tab:blue", label="validation")
     ax.set(xlabel="tokens learned", ylabel="loss (nats per token)",
            title=f"{out.name}: validation loss {val[-1][1]:.3f}")
@@ -718,10 +722,12 @@ def history_entry(cfg, meta, tokenizer, model):
 
 def show_sample(cfg, machine, tokenizer, val):
     """Prints how the best model goes on from the beginning of the validation text (or the first example's prompt)."""
-    model, opening = load(Path(cfg.out) / "best", machine.device), 16
+    model, opening = load(Path(cfg.out) / "best", machine.device), 64
     if val.mask is not None:
         opening = (val.mask[:] & LEARNED).argmax()
     prompt = tokenizer.decode_bytes(val.tokens[:opening].tolist()).decode("utf-8", errors="ignore")
+    if val.mask is None:
+        prompt = prompt[:prompt.rfind("\n") + 1] or prompt                   # whole lines
     print(f"\nHow the validation text begins, and how the model goes on:\n\n{prompt}", end="", flush=True)
     stream = sample.continuations(model, tokenizer, prompt, seed=cfg.seed, max_new_tokens=20 if cfg.smoke else 200,
                                   temperature=0.8, top_p=0.95)
