@@ -8,7 +8,7 @@
 
 Text goes to standard output as it is made; what was chosen and how fast it went goes to standard error.
 """
-import codecs, math, sys, time
+import codecs, contextlib, math, sys, time
 from pathlib import Path
 
 import torch
@@ -197,14 +197,17 @@ def sampling(args):
                                                    "repetition_penalty")}
 
 
-def chat(model, tokenizer, args):
-    """Turns from standard input, a line each, until it ends; the oldest are forgotten when the window is full."""
+def lines():
+    """Lines of standard input, until it ends."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> " if sys.stdin.isatty() else "")
+
+
+def chat(model, tokenizer, turns, args):
+    """Answers each of `turns` in the chat template; the oldest ones are forgotten when the window is full."""
     messages, seed = [], args.seed
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
+    for line in turns:
         messages.append({"role": "user", "content": line})
         room = model.config.max_position_embeddings - args.max_new_tokens
         while len(messages) > 1 and len(tokenizer.encode(tokenizer.render(messages), special=True)) > room:
@@ -236,10 +239,8 @@ def main(argv=None):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model only "
                         f"{model.config.vocab_size}: they do not belong together")
-    if args.chat and not prompt:
-        return chat(model, tokenizer, args)
     if args.chat:
-        prompt = tokenizer.render([{"role": "user", "content": prompt}])
+        return chat(model, tokenizer, [prompt] if prompt else lines(), args)
     count, window = len(tokenizer.encode(prompt, special=True, bos=True)), model.config.max_position_embeddings
     if count > window:
         print(f"the prompt has {count} tokens, the window {window}: only the last {window} are read", file=sys.stderr)

@@ -151,6 +151,24 @@ def test_sources_of_the_prompt(directory, tmp_path, capsys, monkeypatch):
     assert talk(capsys, directory, "--prompt", "", *flags, "--samples", 2).count("--- sample") == 2
 
 
+def test_chat_answers_each_line_with_what_was_said_before(tmp_path, capsys, monkeypatch):
+    model = Transformer(Config(vocab_size=V, hidden_size=32, num_hidden_layers=1, max_position_embeddings=200)).initialize()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+    tokenizer = Tokenizer.from_bytes()
+    save(model, tmp_path / "m", tokenizer)
+
+    def answer(*contents):
+        roles = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+        ids = sample.continuations(model, tokenizer, tokenizer.render(roles), temperature=0, max_new_tokens=9)
+        return "".join(sample.pieces(tokenizer, (int(i) for i in ids), tokenizer.eos_ids))
+    first = answer("hello")
+    second = answer("hello", first, "and then?")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand then?\n"))
+    assert talk(capsys, tmp_path / "m", "--chat", "--temperature", 0, "--max-new-tokens", 9) == f"{first}\n{second}\n"
+    assert talk(capsys, tmp_path / "m", "--chat", "--prompt", "hello", "--temperature", 0, "--max-new-tokens", 9) == f"{first}\n"
+
+
 @pytest.mark.parametrize("flags, match", [
     (["--temperature", "-1"], "--temperature is -1"), (["--top-p", "1.5"], "--top-p is 1.5"), (["--samples", "0"], "--samples is 0"),
     (["--max-new-tokens", "0"], "--max-new-tokens is 0"), (["--tmperature", "1"], "did you mean --temperature"),
