@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import Parser, UserError, run
+from data import Parser, UserError, run, sync
 from data.tokenizer import GPT2, GPT2_DIGITS, QWEN2, Tokenizer
-from model import LAYERS, Int4Linear, QuantLinear, Transformer, checkpoint_hash, load, model_name, save, sync, whole
+from model import LAYERS, Int4Linear, QuantLinear, Transformer, checkpoint_hash, load, model_name, save, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import UserError
+from data import UserError, replacing, sync
 
 FORMAT = 1                                  # of what we add to config.json; a newer one is refused by name
 COMPRESSED = "slm-compressed"               # model_type of a directory with layers that only this code knows
@@ -672,34 +672,6 @@ def to_theirs(tensors, family):
 # Reading and writing model directories
 
 @contextlib.contextmanager
-def replacing(directory):
-    """Write a directory so that a kill at any moment leaves a whole one: fill the yielded DIR.new, then swap names.
-
-    `whole()` finds what is left after a kill. On an exception DIR is untouched and DIR.new is removed.
-    """
-    directory = Path(directory) if Path(directory).name else Path(directory).resolve()
-    new, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
-    if is_whole(new) and not is_whole(directory):
-        new.rename(directory)                         # what a kill between two renames left: finish it first
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-    new.rename(directory)
-    with contextlib.suppress(OSError):                # the renames are on disk too, where directories can be synced
-        parent = os.open(directory.parent, os.O_RDONLY)
-        os.fsync(parent)
-        os.close(parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
 def disk_full(directory, wanted):
     """Turns what safetensors and torch.save raise on a full disk into the OSError that it is."""
     try:
@@ -710,17 +682,13 @@ def disk_full(directory, wanted):
         raise
 
 
-def is_whole(directory):
-    return (directory / "config.json").is_file()      # it is written last
-
-
 def whole(path):
     """The directory that holds the model at `path`: itself, what an interrupted save left beside it, or, for a training
     run, its best/ or last/. Raises UserError if there is none."""
     path = Path(path) if Path(path).name else Path(path).resolve()         # "." has no name to put .new behind
     for base in (path, path / "best", path / "last"):
         for candidate in (base, base.with_name(base.name + ".new"), base.with_name(base.name + ".old")):
-            if is_whole(candidate):
+            if (candidate / "config.json").is_file():      # it is written last
                 return candidate
     raise UserError(f"there is no model in {path}: no config.json in it, nor in its best/ or last/" if path.exists()
                     else f"there is no directory {path}")
@@ -821,7 +789,7 @@ def save(model, directory, tokenizer=None, extra=None):
         del config["architectures"]
     else:
         tensors = to_theirs(tensors, FAMILIES[model.config.model_type])
-    with replacing(directory) as new, disk_full(new, sum(t.nbytes for t in tensors.values())):
+    with replacing(directory, "config.json") as new, disk_full(new, sum(t.nbytes for t in tensors.values())):
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(new, model_max_length=model.config.max_position_embeddings)
@@ -840,11 +808,6 @@ def save(model, directory, tokenizer=None, extra=None):
 
 def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sync(path):
-    with open(path, "rb+") as f:
-        os.fsync(f.fileno())
 
 
 def model_name(path):

@@ -1,5 +1,6 @@
-"""What every script shares at the command line. It lives here because data/ is where all imports begin."""
-import argparse, difflib, errno, os, sys
+"""What every script shares: errors, flags, directories that survive a kill. Here, as data/ is where imports begin."""
+import argparse, contextlib, difflib, errno, os, shutil, sys
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -50,3 +51,48 @@ def run(main):
     if message:
         print(message, file=sys.stderr)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def replacing(directory, marker):
+    """Write a directory so that a kill at any moment leaves a whole one: fill the yielded DIR.new, then swap names.
+
+    marker  the file that is written last: a directory that has it is whole
+    After a kill the first whole one of DIR, DIR.new and DIR.old is the latest; `settle` renames it to DIR. On an
+    exception DIR is untouched and DIR.new is removed.
+    """
+    directory = settle(directory, marker)
+    new, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            directory.rename(old)
+        new.rename(directory)
+    except BaseException:                                    # Ctrl-C and a full disk too
+        shutil.rmtree(new, ignore_errors=True)
+        settle(directory, marker)
+        raise
+    with contextlib.suppress(OSError):                       # the renames too are on disk, where a directory can be
+        parent = os.open(directory.parent, os.O_RDONLY)
+        os.fsync(parent)
+        os.close(parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(directory, marker):
+    """The path of a directory, after finishing or undoing what a kill in `replacing` left."""
+    directory = Path(directory) if Path(directory).name else Path(directory).resolve()      # "." has no name to add to
+    for ending in (".new", ".old"):
+        other = directory.with_name(directory.name + ending)
+        if not directory.exists() and (other / marker).is_file():
+            other.rename(directory)
+    return directory
+
+
+def sync(path):
+    """Returns when a file is on disk."""
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())

@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import time
 import zlib
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # run as a script, the first import path is data/, not the root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from data import Parser, UserError, corpora, run
+from data import Parser, UserError, corpora, replacing, run, settle, sync
 from data.tokenizer import SPECIALS, Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -58,7 +57,7 @@ def find(name_or_dir, smoke=False):
     """
     names = [f"{name_or_dir}-smoke"] * smoke + [str(name_or_dir)]
     for path in [p for name in names for p in (Path(name), HERE / name)]:
-        recover(path)
+        settle(path, "meta.json")
         if (path / "meta.json").is_file():
             return path
     if str(name_or_dir) in corpora.KNOWN:
@@ -75,13 +74,6 @@ def nearest(name):
     known = {*corpora.KNOWN, *(p.parent.name for p in HERE.glob("*/meta.json"))}
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def recover(out):
-    """Killed between the two renames of `prepare`, the old dataset is still whole beside its place: put it back."""
-    old = Path(f"{out}.old")
-    if not out.exists() and (old / "meta.json").is_file():
-        old.rename(out)
 
 
 # ---------------------------------------------------------------------------- first pass: what is there, what is alike
@@ -383,7 +375,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
         raise UserError(f"--vocab-size {vocab_size} is too small: 256 bytes and {len(SPECIALS)} special tokens need "
                         f"{256 + len(SPECIALS)} ids")
     out = Path(out).resolve() if out else HERE / (f"{name}-smoke" if smoke else name)
-    recover(out)
+    settle(out, "meta.json")
     if out.exists() and not (out / "meta.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out.name} is there already and is not a dataset; choose another --out or --name")
     if (out / "meta.json").is_file() and not overwrite and not out.name.endswith("-smoke"):
@@ -414,10 +406,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
         if tokenizer.vocab_size < (vocab_size or 4096):
             print(f"the text is too small for {vocab_size or 4096:,} ids: the tokenizer has {tokenizer.vocab_size:,}")
 
-    new, old = Path(f"{out}.new"), Path(f"{out}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
+    with replacing(out, "meta.json") as new:
         sources = [(files, side, scan.sizes)]
         if held:
             sources.append((val_files, np.where(held.usable, VAL, DROP), held.sizes))
@@ -431,19 +420,9 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
             "split_seed": seed, "val_fraction": None if held else val_fraction, "sha256": scan.sha256, "smoke": smoke,
             **({} if inputs else {"python": platform.python_version()}), "skipped": skipped, "splits": splits,
         }
-        with open(new / "meta.json", "w", encoding="utf-8", newline="\n") as f:  # last: its presence says "complete"
-            f.write(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:  # Ctrl-C and a full disk too
-        shutil.rmtree(new, ignore_errors=True)
-        recover(out)
-        raise
+        text = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
+        (new / "meta.json").write_text(text, encoding="utf-8", newline="\n")
+        sync(new / "meta.json")
 
     for which, s in splits.items():
         learned = f", {s['response_tokens']:,} of them learned" if "response_tokens" in s else ""
