@@ -13,7 +13,8 @@ A step is written name[:value][:method]:
     gguf:f32|f16|q8_0|q4_0     the model and its tokenizer in one GGUF file. The last step: its --out is a file. Layers
                                that are int8 or int4 go in as they are: int8 with gguf:q8_0, int4 with gguf:q4_0
 
-Biases, norms and learned positions stay float. All other steps write a model directory that sample.py reads.
+Biases, norms and learned positions stay float. All other steps write a model directory that sample.py reads. So far a
+quantized directory saves space, not time: each use dequantizes the weights, and generation is slower than dense.
 """
 import contextlib, dataclasses, difflib, errno, json, os, shutil, typing
 from pathlib import Path
