@@ -25,7 +25,8 @@ from torch import nn
 
 from data import Parser, UserError, run, sync
 from data.tokenizer import GPT2, GPT2_DIGITS, QWEN2, Tokenizer
-from model import LAYERS, Int4Linear, QuantLinear, Transformer, checkpoint_hash, load, model_name, save, whole
+from model import (LAYERS, Int4Linear, QuantLinear, Transformer, checkpoint_hash, load, model_name, refuse_foreign, save,
+                   whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,10 +517,9 @@ def check_out(out, source, is_file, overwrite):
     if not is_file and out.is_dir():
         if out.resolve() == source.resolve():
             raise UserError(f"--out {out} is the model that is read: give another directory")
+        refuse_foreign(out)
         if not any(out.iterdir()):
             return
-        if not (out / "config.json").exists():
-            raise UserError(f"--out {out} holds something else than a model: give another directory")
     if out.exists() and not overwrite:
         raise UserError(f"--out {out} is there already: give another name or --overwrite")
 

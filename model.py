@@ -775,9 +775,7 @@ def save(model, directory, tokenizer=None, extra=None):
 
     Raises UserError if `directory` holds something that is not a model, which it would replace.
     """
-    directory = Path(directory)
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").exists():
-        raise UserError(f"{directory} is there and holds something else than a model: give another directory")
+    refuse_foreign(directory)
     config = config_to_hub(model.config)
     if tokenizer is not None:
         config.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
@@ -804,6 +802,13 @@ def save(model, directory, tokenizer=None, extra=None):
         write_json(new / "config.json.tmp", config)
         sync(new / "config.json.tmp")
         os.replace(new / "config.json.tmp", new / "config.json")
+
+
+def refuse_foreign(directory):
+    """Raises UserError if a directory holds something that is not a model: a save would replace it."""
+    directory = Path(directory)
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").exists():
+        raise UserError(f"{directory} is there and holds something else than a model: give another directory")
 
 
 def write_json(path, value):

@@ -127,6 +127,16 @@ def pieces(tokenizer, ids, stop=()):
     yield decoder.decode(b"", final=True)
 
 
+def speak(tokenizer, ids):
+    """Prints the text of a stream of ids as it comes, up to the end token; returns it."""
+    said = []
+    for text in pieces(tokenizer, ids, tokenizer.eos_ids):
+        print(text, end="", flush=True)
+        said.append(text)
+    print()
+    return "".join(said)
+
+
 def continuations(model, tokenizer, prompt, samples=1, seed=None, **options):
     """Lists of new ids, one per sample, for a text. `options` as in generate and next_token."""
     ids = tokenizer.encode(prompt, special=True, bos=True) or [tokenizer.eos_id]     # nothing: the start of a document
@@ -213,12 +223,7 @@ def chat(model, tokenizer, turns, args):
         while len(messages) > 1 and len(tokenizer.encode(tokenizer.render(messages), special=True)) > room:
             del messages[:2]
         ids = continuations(model, tokenizer, tokenizer.render(messages), seed=seed, **sampling(args))
-        answer = ""
-        for text in pieces(tokenizer, (int(i) for i in ids), tokenizer.eos_ids):
-            answer += text
-            print(text, end="", flush=True)
-        print()
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": speak(tokenizer, map(int, ids))})
         seed = None if seed is None else seed + 1
 
 
@@ -253,9 +258,7 @@ def main(argv=None):
 
     if args.samples == 1:
         print(prompt, end="", flush=True)
-        for text in pieces(tokenizer, (ids[0] for ids in stream()), tokenizer.eos_ids):
-            print(text, end="", flush=True)
-        print()
+        speak(tokenizer, (ids[0] for ids in stream()))
     else:
         for i, ids in enumerate(zip(*stream())):
             print(f"--- sample {i + 1}\n{prompt}{''.join(pieces(tokenizer, ids, tokenizer.eos_ids))}")

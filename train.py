@@ -24,7 +24,7 @@ from data import Parser, UserError, run
 from data.loader import IGNORE, LEARNED, Batch, Windows
 from data.prepare import find, prepare
 from data.tokenizer import Tokenizer
-from model import Config, Transformer, checkpoint_hash, load, model_name, read_json, save, whole
+from model import Config, Transformer, checkpoint_hash, load, model_name, read_json, refuse_foreign, save, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,6 +79,7 @@ class TrainConfig:
     smoke: bool = False             # a tiny model on a slice of the data for a few steps: does it run?
 
 
+SHAPE = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "tie")      # what only a new model leaves open
 # Where --init-from starts, small steps of all weights keep what was learned.
 FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, beta1=0.9, decay=1.0)
 SMOKE = dict(steps=6, layers=2, width=32, heads=2, context=64, batch_size=4, evals=2, eval_tokens=2048, warmup=2)
@@ -184,6 +185,11 @@ def say(machine, text):
     if machine.rank == 0:
         tqdm.write(text)
         sys.stdout.flush()
+
+
+def in_dtype(machine):
+    """A context whose products are made in the machine's number type; weights stay float32."""
+    return torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
 
 
 def to_device(batch, device):
@@ -350,7 +356,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     """
     out, device = Path(cfg.out), machine.device
     scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
-    autocast = torch.autocast(device.type, machine.dtype, enabled=machine.dtype != torch.float32)
+    autocast = in_dtype(machine)
     optimizers = make_optimizers(model, loss_fn, cfg)
     parents, entry = list(model.history), dict(entry)
     step, total, seconds, tokens_seen, best = 0, cfg.steps, 0.0, 0, math.inf
@@ -632,7 +638,7 @@ def open_model(cfg, given, tokenizer, machine):
     A window shorter than --context lowers that, unless it was given. Raises UserError for another tokenizer, or for
     flags that the model does not leave open.
     """
-    fixed = [n for n in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "tie") if n in given]
+    fixed = [n for n in SHAPE if n in given]
     if cfg.init_from and not cfg.resume and fixed:
         raise UserError(f"--{fixed[0].replace('_', '-')} is for a new model; --init-from keeps the shape of that one")
     if cfg.resume or cfg.init_from:
@@ -665,8 +671,7 @@ def resumed(cfg, given):
     stored = read_state(cfg.out)["config"]
     if "minutes" in given:
         raise UserError("--minutes plans a new run; to go on beyond this one's last step give --steps")
-    for name in ("data", "init_from", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "tie", "vocab_size",
-                 "context", "batch_size", "optimizer", "seed"):
+    for name in (*SHAPE, "data", "init_from", "vocab_size", "context", "batch_size", "optimizer", "seed"):
         if name in given and getattr(cfg, name) != stored[name]:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but the run in {cfg.out} has "
                             f"{stored[name]}: leave the flag out, or give another --out")
@@ -679,9 +684,8 @@ def check_out(cfg):
     if out.is_file() or (out / "config.json").exists():
         raise UserError(f"--out {out} is a {'file' if out.is_file() else 'model'}, not a run's directory: give another "
                         "--out")
-    for d in (out / "best", out / "last"):
-        if d.is_dir() and any(d.iterdir()) and not (d / "config.json").exists():
-            raise UserError(f"{d} holds something else than a model: give another --out")
+    for d in ("best", "last"):
+        refuse_foreign(out / d)
     held = any((out / (d + end) / "config.json").exists() for d in ("best", "last") for end in ("", ".new", ".old"))
     if held and not (cfg.resume or cfg.overwrite):
         raise UserError(f"{out} holds a model already: go on with --resume, replace it with --overwrite, or give "
@@ -731,9 +735,8 @@ def show_sample(cfg, machine, tokenizer, val):
     print(f"\nHow the validation text begins, and how the model goes on:\n\n{prompt}", end="", flush=True)
     stream = sample.continuations(model, tokenizer, prompt, seed=cfg.seed, max_new_tokens=20 if cfg.smoke else 200,
                                   temperature=0.8, top_p=0.95)
-    for text in sample.pieces(tokenizer, (int(i) for i in stream), tokenizer.eos_ids):
-        print(text, end="", flush=True)
-    print(f"\n\nMore: python sample.py {cfg.out} --prompt TEXT")
+    sample.speak(tokenizer, map(int, stream))
+    print(f"\nMore: python sample.py {cfg.out} --prompt TEXT")
 
 
 def main(argv=None):
@@ -769,12 +772,11 @@ def main(argv=None):
         f"{sizes['val']['tokens']:,} validation tokens")
     if train.truncated:
         say(machine, f"{train.truncated:,} examples exceed the window of {cfg.context} tokens and are cut there")
-    autocast = torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
 
     def evaluate(model):
         batches = val.evaluation_batches(max(1, 8192 // cfg.context), cfg.eval_tokens)
         mine = itertools.islice(batches, machine.rank, None, machine.size)
-        with autocast:
+        with in_dtype(machine):
             sums = sample.score(model, mine, tokenizer.token_bytes())
         return sample.figures(*all_sum(machine, sums))
 
