@@ -25,8 +25,8 @@ from torch import nn
 
 from data import Parser, UserError, run, sync
 from data.tokenizer import GPT2, GPT2_DIGITS, QWEN2, Tokenizer
-from model import (LAYERS, Int4Linear, QuantLinear, Transformer, checkpoint_hash, load, model_name, refuse_foreign, save,
-                   whole)
+from model import (LAYERS, Int4Linear, QuantLinear, Transformer, checkpoint_hash, load, model_name, refuse_foreign,
+                   save, whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
