@@ -10,7 +10,8 @@ directory opens here without renaming:
 
 Nothing here trains, samples or measures: see train.py and sample.py.
 """
-import contextlib, dataclasses, errno, functools, hashlib, json, math, os, shutil
+import contextlib, ctypes, dataclasses, errno, functools, hashlib, json, math, os, platform, shutil, subprocess, sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Quantized layers: weight = integer * scale, with one float16 scale for each group of neighbours in a row
+# Quantized layers: weight = integer * scale (+ offset), with one float16 scale for each group of neighbours in a row
 
 def absmax_scales(weight, bits, group):
     """Scales, float16 (out, in / group), that put the largest |weight| of each group at the last integer.
@@ -117,16 +118,30 @@ def absmax_scales(weight, bits, group):
     return torch.where(largest == 0, torch.ones_like(scales), scales)
 
 
-def rounded(weight, scales, bits):
-    """The integers, int8 (out, in) in -127..127 or -7..7, that come nearest to a weight under its scales."""
+def minmax_grid(weight, bits, group):
+    """(scales, offsets), float16 (out, in / group) each, that put the smallest weight of each group at the first of
+    2^bits integers and the largest at the last: the asymmetric form."""
+    groups = weight.detach().float().unflatten(1, (-1, group))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = ((high - low) / (2 ** bits - 1)).half().clamp(min=2.0 ** -24)
+    return scales, (low + 2 ** (bits - 1) * scales.float()).half()
+
+
+def rounded(weight, scales, bits, offsets=None):
+    """The integers, int8 (out, in), that come nearest to a weight: -127..127 or -7..7, or with offsets -8..7."""
     last = 2 ** (bits - 1) - 1
-    steps = weight.detach().float().unflatten(1, (scales.shape[1], -1)) / scales.float()[..., None]
-    return steps.round().clamp(-last, last).flatten(1).to(torch.int8)
+    groups = weight.detach().float().unflatten(1, (scales.shape[1], -1))
+    if offsets is not None:
+        groups = groups - offsets.float()[..., None]
+    steps = groups / scales.float()[..., None]
+    return steps.round().clamp(-last - (offsets is not None), last).flatten(1).to(torch.int8)
 
 
-def dequantized(integers, scales):
-    """float32 (..., in) of integers (..., in) and scales (..., in / group): exact, as 8 and 11 bits make at most 19."""
-    return (integers.unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]).flatten(-2)
+def dequantized(integers, scales, offsets=None):
+    """float32 (..., in) of integers (..., in), scales and offsets (..., in / group). Without offsets it is exact: 8 and
+    11 bits make at most 19."""
+    groups = integers.unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]
+    return (groups if offsets is None else groups + offsets.float()[..., None]).flatten(-2)
 
 
 class QuantLinear(nn.Module):
@@ -134,32 +149,41 @@ class QuantLinear(nn.Module):
 
     q       (out, in * bits / 8), the integers as `pack` stores them
     scales  (out, in / group) float16
-    Both are buffers and never cast. What a device's kernel wants in another form is made from them, never saved.
+    offsets (out, in / group) float16, or None: symmetric
+    They are buffers and never cast. What a device's kernel wants in another form is made from them, never saved.
     """
-    def __init__(self, q, scales, bias=None):
+    def __init__(self, q, scales, bias=None, offsets=None):
         super().__init__()
         self.out_features, self.in_features = len(q), q.shape[1] * 8 // self.bits
         self.register_buffer("q", q)
         self.register_buffer("scales", scales)
+        self.register_buffer("offsets", offsets)
         self.register_parameter("bias", bias)
+        self.layer = (ctypes.c_int64 * 8)()           # what KERNELS calls `layer`
 
     @classmethod
     def empty(cls, n_in, n_out, bias=False, **spec):
         """A layer whose tensors are still to be filled. Raises UserError or TypeError for a spec that does not fit."""
+        groups = n_in // cls.group(n_in, **spec)
         return cls(torch.empty(n_out, n_in * cls.bits // 8, dtype=cls.stored),
-                   torch.empty(n_out, n_in // cls.group(n_in, **spec), dtype=torch.float16),
-                   nn.Parameter(torch.empty(n_out)) if bias else None)
+                   torch.empty(n_out, groups, dtype=torch.float16), nn.Parameter(torch.empty(n_out)) if bias else None,
+                   torch.empty(n_out, groups, dtype=torch.float16) if spec.get("asymmetric") else None)
 
     @classmethod
     def from_dense(cls, layer, **spec):
         """The weights of an nn.Linear, or the table of an nn.Embedding, rounded to nearest. Raises as `empty` does."""
-        scales = absmax_scales(layer.weight, cls.bits, cls.group(layer.weight.shape[1], **spec))
-        return cls.from_integers(rounded(layer.weight, scales, cls.bits), scales, getattr(layer, "bias", None))
+        group, offsets = cls.group(layer.weight.shape[1], **spec), None
+        if spec.get("asymmetric"):
+            scales, offsets = minmax_grid(layer.weight, cls.bits, group)
+        else:
+            scales = absmax_scales(layer.weight, cls.bits, group)
+        integers = rounded(layer.weight, scales, cls.bits, offsets)
+        return cls.from_integers(integers, scales, getattr(layer, "bias", None), offsets)
 
     @classmethod
-    def from_integers(cls, integers, scales, bias=None):
-        """From what another algorithm chose: integers int8 (out, in), scales float16 (out, in / group)."""
-        return cls(cls.pack(integers), scales, bias)
+    def from_integers(cls, integers, scales, bias=None, offsets=None):
+        """From what another algorithm chose: integers int8 (out, in), scales and offsets float16 (out, in / group)."""
+        return cls(cls.pack(integers), scales, bias, offsets)
 
     def integers(self):
         """(int8 (out, in), float16 scales (out, in / group))."""
@@ -167,19 +191,36 @@ class QuantLinear(nn.Module):
 
     def dense(self):
         """The weight, float32 (out, in)."""
-        return dequantized(*self.integers())
+        return dequantized(*self.integers(), self.offsets)
 
     def rows(self, ids):
         """Rows of the weight, float32 (*ids.shape, in)."""
-        return dequantized(self.unpack(self.q[ids]), self.scales[ids])
+        offsets = None if self.offsets is None else self.offsets[ids]
+        return dequantized(self.unpack(self.q[ids]), self.scales[ids], offsets)
 
     def forward(self, x):
+        plain = x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad
+        if plain and not torch.compiler.is_compiling() and kernels()[0] is not None:
+            return self.multiply(kernels()[0], x)
         return F.linear(x, self.dense().to(x.dtype), self.bias)
 
+    def multiply(self, library, x):
+        """x (..., in) float32 @ weight^T + bias by KERNELS: (..., out)."""
+        if self.layer[0] != self.q.data_ptr():
+            optional = [0 if t is None else t.data_ptr() for t in (self.offsets, self.bias)]
+            self.layer[:] = [self.q.data_ptr(), self.scales.data_ptr(), *optional, self.out_features, self.in_features,
+                             self.in_features // self.scales.shape[1], self.bits]
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        if library.linear(self.layer, x.data_ptr(), x.numel() // self.in_features, y.data_ptr()):
+            raise MemoryError("no memory for the activations of a quantized layer")
+        return y
+
     def _apply(self, fn, recurse=True):
-        scales = self.scales
+        scales, offsets = self.scales, self.offsets
         super()._apply(fn, recurse)
         self.scales = scales.to(self.q.device)        # model.to(bfloat16) would round them
+        self.offsets = None if offsets is None else offsets.to(self.q.device)
         return self
 
 
@@ -199,11 +240,12 @@ class Int8Linear(QuantLinear):
 
 
 class Int4Linear(QuantLinear):
-    """4 bits: integers -7..7, two in a byte, one scale for each `group` of 32, 64 or 128 inputs."""
+    """4 bits: integers -7..7, two in a byte, one scale for each `group` of 32, 64 or 128 inputs; if asymmetric -8..7,
+    with an offset beside each scale."""
     bits, stored, GROUPS = 4, torch.uint8, (32, 64, 128)
 
     @classmethod
-    def group(cls, n_in, group=32):
+    def group(cls, n_in, group=32, asymmetric=False):
         if group not in cls.GROUPS or n_in % group:
             fit = [str(g) for g in cls.GROUPS if n_in % g == 0]
             raise UserError(f"int4 in groups of {group} does not fit rows of {n_in}; "
@@ -238,6 +280,245 @@ class QuantEmbedding(nn.Module):
 
     def integers(self):
         return self.table.integers()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products with quantized weights on a CPU, in C: y = x @ weight^T + bias. A compiler is not needed; without one each
+# use of a quantized layer dequantizes all of its weight, and generation is slower than with the dense model.
+#
+# The activations are rounded too, to 8 bits with a scale for each 32 neighbours (as llama.cpp's Q8_0): products of
+# integers are what a CPU is fast at. One scale for a whole token would be simpler and costs quality, as a few channels
+# are a thousand times the rest. GNU vector types compile for any CPU; only `dot` has a faster form where there is one.
+
+KERNELS = r"""
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+typedef int8_t  i8  __attribute__((vector_size(16)));
+typedef int16_t i16 __attribute__((vector_size(32)));      /* 8 pairs of neighbours */
+typedef int16_t s16 __attribute__((vector_size(16)));
+typedef int32_t i32 __attribute__((vector_size(32)));
+typedef float   f32 __attribute__((vector_size(32)));
+typedef struct { const uint8_t *q; const uint16_t *scales, *offsets; const float *bias;
+                 int64_t n, k, group, bits; } layer;
+typedef struct { int16_t *q; float *scales, *sums; int64_t groups; } rounded;      /* x: (m, k), (m, k / 32) */
+typedef struct { int16_t *q; float *scales, *offsets; } panel;   /* 16 rows of a weight: (k / 2, 16, 2), (k / 32, 16) */
+
+INLINE i32 dot(i32 sum, i16 a, i16 b) {                    /* sum[i] + a[2i] b[2i] + a[2i+1] b[2i+1] */
+#if defined __AVX512VNNI__ && defined __AVX512VL__
+    return (i32)_mm256_dpwssd_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined __AVX2__
+    return sum + (i32)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    i32 x = (i32)a, y = (i32)b;
+    return sum + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+INLINE i16 load(const int16_t *p) { i16 v; memcpy(&v, p, 32); return v; }
+
+INLINE i16 widen(const uint8_t *p) {                       /* 16 signed bytes */
+    i8 v;
+    memcpy(&v, p, 16);
+#ifdef __AVX2__
+    return (i16)_mm256_cvtepi8_epi16((__m128i)v);          /* one instruction; gcc makes four of the line below */
+#else
+    return __builtin_convertvector(v, i16);
+#endif
+}
+
+INLINE float total(f32 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+INLINE float half(const uint16_t *p, const layer *l, int64_t row, int64_t g) {     /* float16 scale or offset, exact */
+    uint16_t h = p[row * (l->k / l->group) + (l->bits == 8 ? 0 : g * 32 / l->group)];
+    uint32_t bits = (uint32_t)(h & 0x7fff) << 13 | (uint32_t)(h & 0x8000) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f * 0x1p112f;
+}
+
+/* A row of x: 8-bit integers, kept in 16, and a scale for each group of 32. split: a group's even ones come first. */
+static void quantize(const float *x, const layer *l, rounded a, int64_t r, int split) {
+    for (int64_t g = 0; g < a.groups; g++) {
+        f32 v[4] = {0}, sum = {0};
+        if (l->k - 32 * g >= 32) memcpy(v, x + r * l->k + 32 * g, 128);
+        else memcpy(v, x + r * l->k + 32 * g, 4 * (l->k - 32 * g));
+        i32 top = {0};
+        for (int j = 0; j < 4; j++) {                      /* without their sign, floats are ordered like integers */
+            i32 bits = (i32)v[j] & 0x7fffffff, more = bits > top;
+            top = (bits & more) | (top & ~more);
+        }
+        int32_t most = 0;
+        for (int i = 0; i < 8; i++) most = top[i] > most ? top[i] : most;
+        float largest, scale;
+        memcpy(&largest, &most, 4);
+        scale = largest / 127;
+        int16_t q[32], *out = a.q + (r * a.groups + g) * 32;
+        for (int j = 0; j < 4; j++) {                      /* the last bits of 1.5 * 2^23 + v are round(v) */
+            i32 near = (i32)(v[j] * (largest > 0 ? 127 / largest : 0) + 0x1.8p23f) - 0x4b400000;
+            s16 narrow = __builtin_convertvector(near, s16);
+            memcpy(q + 8 * j, &narrow, 16);
+            sum += __builtin_convertvector(near, f32);
+        }
+        a.scales[r * a.groups + g] = scale;
+        a.sums[r * a.groups + g] = scale * total(sum);
+        for (int i = 0; split && i < 16; i++) { out[i] = q[2 * i]; out[16 + i] = q[2 * i + 1]; }
+        if (!split) memcpy(out, q, sizeof q);
+    }
+}
+
+/* A row of x times `height` rows of the weight, as these lie in memory: generation, where reading them is the limit. */
+INLINE void by_row(const layer *l, rounded a, int64_t r, int64_t n, int height, int bits, float *y) {
+    f32 sum[4] = {0};
+    float offset[4] = {0};
+    for (int64_t g = 0; g < a.groups; g++) {
+        i16 x0 = load(a.q + (r * a.groups + g) * 32), x1 = load(a.q + (r * a.groups + g) * 32 + 16);
+        UNROLL for (int c = 0; c < height; c++) {
+            const uint8_t *w = l->q + (n + c) * l->k * bits / 8 + g * 4 * bits;
+            __builtin_prefetch(w + height * l->k * bits / 8);
+            i16 w0 = widen(w), w1;
+            float scale = a.scales[r * a.groups + g];
+            if (bits == 8) w1 = widen(w + 16);
+            else {
+                w1 = ((w0 >> 4) & 15) - 8;
+                w0 = (w0 & 15) - 8;
+                scale *= half(l->scales, l, n + c, g);
+                if (l->offsets) offset[c] += a.sums[r * a.groups + g] * half(l->offsets, l, n + c, g);
+            }
+            sum[c] += __builtin_convertvector(dot(dot((i32){0}, w0, x0), w1, x1), f32) * scale;
+        }
+    }
+    UNROLL for (int c = 0; c < height; c++)
+        y[r * l->n + n + c] = total(sum[c]) * (bits == 8 ? half(l->scales, l, n + c, 0) : 1) + offset[c]
+                              + (l->bias ? l->bias[n + c] : 0);
+}
+
+static void fill(const layer *l, int64_t groups, int64_t n, panel p) {
+    for (int64_t c = 0; c < 16; c++) {
+        int64_t row = n + c < l->n ? n + c : l->n - 1;
+        const uint8_t *w = l->q + row * l->k * l->bits / 8;
+        for (int64_t i = 0; i < groups * 16; i++) {        /* past the end of a row: zeros */
+            int8_t low = 2 * i >= l->k ? 0 : l->bits == 4 ? (w[i] & 15) - 8 : (int8_t)w[2 * i];
+            int8_t high = 2 * i + 1 >= l->k ? 0 : l->bits == 4 ? (w[i] >> 4) - 8 : (int8_t)w[2 * i + 1];
+            int16_t pair[2] = {low, high};
+            memcpy(p.q + (i * 16 + c) * 2, pair, 4);
+        }
+        for (int64_t g = 0; g < groups; g++) {
+            p.scales[g * 16 + c] = half(l->scales, l, row, g);
+            if (l->offsets) p.offsets[g * 16 + c] = half(l->offsets, l, row, g);
+        }
+    }
+}
+
+/* `height` rows of x times a panel: many rows share each weight that is loaded. */
+INLINE void by_panel(const layer *l, rounded a, int64_t r, panel p, int64_t n, int height, float *y) {
+    f32 out[6][2] = {0};
+    for (int64_t g = 0; g < a.groups; g++) {
+        i32 sum[6][2] = {0};
+        _Pragma("GCC unroll 1") for (int i = 0; i < 16; i++) {
+            i16 w0 = load(p.q + g * 512 + 32 * i), w1 = load(p.q + g * 512 + 32 * i + 16);
+            UNROLL for (int h = 0; h < height; h++) {
+                int32_t pair;
+                memcpy(&pair, a.q + ((r + h) * a.groups + g) * 32 + 2 * i, 4);
+                sum[h][0] = dot(sum[h][0], w0, (i16)(pair - (i32){0}));
+                sum[h][1] = dot(sum[h][1], w1, (i16)(pair - (i32){0}));
+            }
+        }
+        UNROLL for (int h = 0; h < height; h++) UNROLL for (int j = 0; j < 2; j++) {
+            f32 scale = *(f32 *)(p.scales + g * 16 + 8 * j) * a.scales[(r + h) * a.groups + g];
+            out[h][j] += __builtin_convertvector(sum[h][j], f32) * scale;
+            if (l->offsets) out[h][j] += *(f32 *)(p.offsets + g * 16 + 8 * j) * a.sums[(r + h) * a.groups + g];
+        }
+    }
+    for (int h = 0; h < height; h++) for (int c = 0; c < 16 && n + c < l->n; c++)
+        y[(r + h) * l->n + n + c] = out[h][c / 8][c % 8] + (l->bias ? l->bias[n + c] : 0);
+}
+
+/* y (m, n) = x (m, k) @ weight (n, k)^T + bias. Returns 1 if there is no memory. */
+int linear(const layer *l, const float *x, int64_t m, float *y) {
+    int64_t groups = (l->k + 31) / 32;
+    if (!m) return 0;
+    int panels = m >= 8 || l->k % 32, failed = 0;          /* by_row would read past the end of an odd last row */
+    char *memory = aligned_alloc(64, (m * groups * 72 + 63) / 64 * 64);
+    if (!memory) return 1;
+    rounded a = {(int16_t *)memory, (float *)(memory + m * groups * 64), (float *)(memory + m * groups * 68), groups};
+    #pragma omp parallel if (m * l->n * l->k > 100000)
+    {
+        #pragma omp for
+        for (int64_t r = 0; r < m; r++) quantize(x, l, a, r, l->bits == 4 && !panels);
+        char *buffer = panels ? aligned_alloc(64, groups * 1152) : NULL;
+        panel p = {(int16_t *)buffer, (float *)(buffer + groups * 1024), (float *)(buffer + groups * 1088)};
+        if (panels && !buffer) failed = 1;
+        #pragma omp for
+        for (int64_t n = 0; n < l->n; n += 16) {
+            int64_t r = 0, end = n + 16 < l->n ? n + 16 : l->n, c = n;
+            if (buffer) fill(l, groups, n, p);
+            for (; buffer && r + 6 <= m; r += 6) by_panel(l, a, r, p, n, 6, y);
+            for (; buffer && r < m; r++) by_panel(l, a, r, p, n, 1, y);
+            for (; !panels && c + 4 <= end; c += 4) for (r = 0; r < m; r++)
+                if (l->bits == 8) by_row(l, a, r, c, 4, 8, y); else by_row(l, a, r, c, 4, 4, y);
+            for (; !panels && c < end; c++) for (r = 0; r < m; r++)
+                if (l->bits == 8) by_row(l, a, r, c, 1, 8, y); else by_row(l, a, r, c, 1, 4, y);
+        }
+        free(buffer);
+    }
+    free(memory);
+    return failed;
+}
+"""
+
+
+@functools.cache
+def kernels():
+    """(KERNELS compiled for this CPU, or None; how quantized layers multiply on it, as text).
+
+    The library is built once, in about a second, and kept in the user's cache directory: never in a model's, so that a
+    stranger's model cannot bring machine code along. It is trusted only in a directory that nobody else can write.
+    """
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    if os.name != "posix" or compiler is None:
+        return None, "weights dequantized at each use: there is no C compiler"
+    cpu = [platform.machine(), platform.processor()]               # what -march=native depends on
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu += [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    key = repr((KERNELS, cpu, compiler))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "small-language-models"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if cache.stat().st_uid != os.getuid() or cache.stat().st_mode & 0o022 or not os.access(cache, os.W_OK):
+            raise PermissionError
+        scratch = contextlib.nullcontext(cache)
+    except OSError:
+        scratch = tempfile.TemporaryDirectory()
+    with scratch as directory:
+        file = Path(directory) / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        if not file.exists():
+            print("compiling the kernels of quantized layers for this CPU, once", file=sys.stderr)
+            with tempfile.TemporaryDirectory(dir=directory) as build:
+                source, built = Path(build) / "kernels.c", Path(build) / "kernels.so"
+                source.write_text(KERNELS, encoding="utf-8")
+                for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):       # not every compiler has all
+                    if subprocess.run([compiler, "-O3", "-fPIC", "-shared", *flags, str(source), "-o", str(built)],
+                                      capture_output=True).returncode == 0:
+                        os.replace(built, file)
+                        break
+                else:
+                    return None, f"weights dequantized at each use: {compiler} could not compile the kernels"
+        library = ctypes.CDLL(str(file))
+    library.linear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    weight = torch.arange(20 * 64, device="cpu").view(20, 64) % 15 - 7
+    probe = Int4Linear.from_integers(weight.to(torch.int8), torch.ones(20, 2, dtype=torch.float16, device="cpu"))
+    x = torch.arange(8 * 64, dtype=torch.float32, device="cpu").sin().view(8, 64)
+    for rows in (x[:1], x):                           # an instruction set we could not test on must not go unnoticed
+        if not (probe.multiply(library, rows) - rows @ probe.dense().T).abs().max() < 1:
+            return None, "weights dequantized at each use: the compiled kernels failed their check on this CPU"
+    return library, "compiled C, activations rounded to 8 bits in groups of 32"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,6 +687,7 @@ class Transformer(nn.Module):
         self.model = Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.history = []                             # what made this model: written to config.json, oldest first
+        self.exits = []                               # layers after which norm and head speak too (distill.py --exits)
         self.compression = []                         # its layers that are not dense, in the order they were replaced
         self.tie_weights()
 
@@ -629,7 +911,7 @@ def config_to_hub(config):
     fields = {family.renamed.get(k, k): getattr(config, k)
               for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act") if k not in skip}
     new = dict(rope_parameters=config.rope, rope_theta=config.rope["rope_theta"], attention_bias=False, use_cache=True)
-    kept = {k: v for k, v in config.hub.items() if k not in ("auto_map", "torch_dtype")} or new
+    kept = {k: v for k, v in config.hub.items() if k not in ("auto_map", "torch_dtype", "exits")} or new
     return {"architectures": [family.architecture], "model_type": config.model_type, **kept, **fields,
             "slm_format": FORMAT}
 
@@ -766,7 +1048,7 @@ def load(path, device="cpu", dtype=None):
             raise UserError(f"{directory}: {name} is {tensors[name].dtype}, not a float type")
     model.load_state_dict(tensors, strict=False, assign=True)    # strict: see above
     model.tie_weights()
-    model.history = hub.get("history", [])
+    model.history, model.exits = hub.get("history", []), hub.get("exits", [])
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -779,7 +1061,7 @@ def save(model, directory, tokenizer=None, extra=None):
     config = config_to_hub(model.config)
     if tokenizer is not None:
         config.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
-    config.update(history=model.history, dtype=str(model.dtype)[6:])
+    config.update(history=model.history, dtype=str(model.dtype)[6:], **({"exits": model.exits} if model.exits else {}))
     tensors = {name: t.detach().to("cpu").contiguous() for name, t in model.state_dict().items()
                if not (model.config.tie_word_embeddings and name.startswith("lm_head."))}
     if model.compression:                             # or transformers would fill the layers with random numbers

@@ -85,14 +85,21 @@ FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, beta
 SMOKE = dict(steps=6, layers=2, width=32, heads=2, context=64, batch_size=4, evals=2, eval_tokens=2048, warmup=2)
 
 
-def parse(config_class, description, argv=None):
-    """(config, names of the flags that were given) from the command line. Raises UserError for a wrong flag."""
+def parse(config_class, description, argv=None, positional=(), hidden=()):
+    """(config, names of the flags that were given) from the command line. Raises UserError for a wrong flag.
+
+    Fields in `positional` are written without a flag; those in `hidden` cannot be given.
+    """
     parser = Parser(description)
     comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", "".join(inspect.getsource(c) for c in
                                                                   reversed(config_class.__mro__[:-1])), re.M))
     for f in dataclasses.fields(config_class):
+        if f.name in hidden:
+            continue
         flag, help = "--" + f.name.replace("_", "-"), comments[f.name].replace("%", "%%") + f" (default: {f.default!r})"
-        if f.type in (bool, "bool"):
+        if f.name in positional:
+            parser.add_argument(f.name, nargs="?", default=argparse.SUPPRESS, help=comments[f.name])
+        elif f.type in (bool, "bool"):
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=help)
         else:
             parser.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, help=help)
@@ -193,7 +200,7 @@ def in_dtype(machine):
 
 
 def to_device(batch, device):
-    return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
+    return type(batch)(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
 
 
 def all_sum(machine, tensor):
@@ -504,7 +511,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
             bar.close()
             log.close()
             say(machine, f"stopped at step {step}; {out / 'last'} holds everything. Go on with "
-                f"{Path(sys.argv[0]).name} --out {cfg.out} --resume")
+                f"{Path(sys.argv[0]).name} --resume and the same --out")
             raise KeyboardInterrupt
     bar.close()
     log.close()
@@ -724,6 +731,17 @@ def history_entry(cfg, meta, tokenizer, model):
     return entry
 
 
+def evaluator(val, cfg, machine, tokenizer):
+    """What fit calls to evaluate a model: each process scores its share of the validation windows."""
+    def evaluate(model):
+        batches = val.evaluation_batches(max(1, 8192 // cfg.context), cfg.eval_tokens)
+        mine = itertools.islice(batches, machine.rank, None, machine.size)
+        with in_dtype(machine):
+            sums = sample.score(model, mine, tokenizer.token_bytes())
+        return sample.figures(*all_sum(machine, sums))
+    return evaluate
+
+
 def show_sample(cfg, machine, tokenizer, val):
     """Prints how the best model goes on from the beginning of the validation text (or the first example's prompt)."""
     model, opening = load(Path(cfg.out) / "best", machine.device), 64
@@ -773,15 +791,9 @@ def main(argv=None):
     if train.truncated:
         say(machine, f"{train.truncated:,} examples exceed the window of {cfg.context} tokens and are cut there")
 
-    def evaluate(model):
-        batches = val.evaluation_batches(max(1, 8192 // cfg.context), cfg.eval_tokens)
-        mine = itertools.islice(batches, machine.rank, None, machine.size)
-        with in_dtype(machine):
-            sums = sample.score(model, mine, tokenizer.token_bytes())
-        return sample.figures(*all_sum(machine, sums))
-
     fit(model, lambda first, count: train.training_rows(cfg.seed, first, count), cross_entropy, cfg, machine,
-        evaluate=evaluate, tokenizer=tokenizer, entry=entry, eval_cost=eval_tokens / positions / 3)
+        evaluate=evaluator(val, cfg, machine, tokenizer), tokenizer=tokenizer, entry=entry,
+        eval_cost=eval_tokens / positions / 3)
     if machine.rank == 0:
         picture(out)
         show_sample(cfg, machine, tokenizer, val)

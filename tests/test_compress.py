@@ -1,5 +1,5 @@
 """Quantized layers and the steps that make them: bounds, exact storage, strict loading, and the command."""
-import json, os, re, subprocess, sys
+import ctypes, functools, json, math, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import compress
 import sample
 from data import UserError
 from data.tokenizer import Tokenizer
-from model import LAYERS, Config, Int4Linear, Int8Linear, QuantEmbedding, Transformer, load, save
+from model import KERNELS, LAYERS, Config, Int4Linear, Int8Linear, QuantEmbedding, Transformer, kernels, load, save
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = [("int8", {}), ("int4", {"group": 32}), ("int4", {"group": 64}), ("int4", {"group": 128})]
@@ -107,12 +107,91 @@ def test_pack_and_unpack():
     assert Int4Linear.pack(torch.tensor([[-8, 7]], dtype=torch.int8)).tolist() == [[0xF0]]           # the first is the low nibble
 
 
+def kernel_reference(layer, x):
+    """What the C kernels compute, in float64: activations rounded to 8 bits in groups of 32, weights exact."""
+    groups = F.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    rounded = ((groups / scales.clamp(min=1e-30)).round() * scales).flatten(-2)[..., :x.shape[-1]]
+    return F.linear(rounded.double(), layer.dense().double(), None if layer.bias is None else layer.bias.double())
+
+
+@pytest.mark.parametrize("flags", [("-march=native", "-fopenmp"), ()], ids=["native", "portable"])
+@pytest.mark.parametrize("kind, spec", [*SPECS, ("int4", {"group": 64, "asymmetric": True})])
+def test_kernels_against_float64(kind, spec, flags):
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    library = compiled(compiler, flags)
+    g = torch.Generator().manual_seed(3)
+    for n_in in (128, 256) if kind == "int4" else (128, 256, 100, 33):      # int8 rows may be odd
+        for n_out in (1, 5, 16, 37):
+            layer = LAYERS[kind].from_dense(linear(n_out, n_in, bias=n_out != 5), **spec)
+            for tokens in (0, 1, 7, 8, 13):                                  # by row, by panel of six and a rest
+                x = torch.randn(2, tokens, n_in, generator=g) * torch.logspace(-3, 2, n_in)     # outlier channels
+                x[:, tokens // 2:, :64] = 0                                  # groups of zeros
+                y, want = layer.multiply(library, x), kernel_reference(layer, x)
+                # one rounding may fall on the other side of a tie: a step of one activation
+                assert y.shape == want.shape and (y - want).norm() <= 2e-3 * want.norm() + 1e-9
+
+
+@functools.cache
+def compiled(compiler, flags):
+    source = Path(tempfile.mkdtemp()) / "kernels.c"
+    source.write_text(KERNELS, encoding="utf-8")
+    library = source.with_suffix(".so")
+    subprocess.run([compiler, "-O2", "-fPIC", "-shared", *flags, str(source), "-o", str(library)], check=True)
+    library = ctypes.CDLL(str(library))
+    library.linear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    return library
+
+
+def test_kernels_do_not_depend_on_threads_and_pass_on_nan():
+    if kernels()[0] is None:
+        pytest.skip(kernels()[1])
+    layer, x = Int8Linear.from_dense(linear(300, 512)), torch.randn(9, 512, generator=torch.Generator().manual_seed(4))
+    threads = torch.get_num_threads()
+    with torch.no_grad():
+        one = layer(x)
+        torch.set_num_threads(2)
+        two = layer(x)
+        torch.set_num_threads(threads)
+        assert torch.equal(one, two)
+        x[3, 5] = math.nan
+        y = layer(x)
+    assert y[3].isnan().all() and torch.equal(y[4], one[4])
+
+
+def test_without_a_compiler_weights_are_dequantized(monkeypatch):
+    kernels.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    layer, x = Int4Linear.from_dense(linear()), torch.randn(3, 256)
+    with torch.no_grad():
+        assert torch.equal(layer(x), F.linear(x, layer.dense(), layer.bias)) and "no C compiler" in kernels()[1]
+    kernels.cache_clear()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="owners and modes")
+def test_machine_code_is_not_taken_from_a_directory_others_can_write(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "small-language-models"
+    kernels.cache_clear()
+    if kernels()[0] is None:
+        pytest.skip(kernels()[1])
+    built = list(cache.glob("kernels-*.so"))
+    assert len(built) == 1 and cache.stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o777)
+    built[0].write_bytes(b"not trusted")
+    kernels.cache_clear()
+    assert kernels()[0] is not None and built[0].read_bytes() == b"not trusted"      # built anew, elsewhere
+    kernels.cache_clear()
+
+
 @pytest.mark.parametrize("kind, spec", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_is_that_of_the_dense_weight(kind, spec, dtype):
     layer = LAYERS[kind].from_dense(linear(), **spec).to(dtype)
     x = torch.randn(2, 3, 256, dtype=dtype, generator=torch.Generator().manual_seed(2))
-    y = layer(x)
+    y = layer(x.clone().requires_grad_())                                 # gradients pass: not the C kernels' business
     assert y.dtype == dtype and torch.equal(y, F.linear(x, layer.dense().to(dtype), layer.bias))
     ids = torch.tensor([[4, 4, 0], [47, 1, 2]])
     assert torch.equal(QuantEmbedding(layer)(ids), F.embedding(ids, layer.dense()))
@@ -200,7 +279,7 @@ def test_counts_and_bytes(made):
 
 
 def args(head_bits=None):
-    return type("Args", (), {"head_bits": head_bits})
+    return type("Args", (), {"head_bits": head_bits, "asymmetric": False})
 
 
 @pytest.mark.parametrize("name", ["tied8", "tied4", "mixed"])

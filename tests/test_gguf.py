@@ -177,7 +177,7 @@ def test_rounding_stays_within_the_type(case, kind, tokenizer, tmp_path, capsys)
 
 
 def quantized(model, step, head_bits=None):
-    return compress.quantize_step(model, None, compress.parse(step), types.SimpleNamespace(head_bits=head_bits))[0]
+    return compress.quantize_step(model, None, compress.parse(step), types.SimpleNamespace(head_bits=head_bits, asymmetric=False))[0]
 
 
 @pytest.mark.parametrize("case", ["qwen3", "qwen3-tied-linear", "llama", "llama-biased-tied", "mistral-nemo", "phi3", "gpt2"])

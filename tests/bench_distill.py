@@ -1,0 +1,116 @@
+"""The figures of distill.py, as its README section quotes them: is a teacher worth its cost?
+
+    python tests/bench_distill.py                                           # stdlib; about 20 minutes on two cores
+    python tests/bench_distill.py stdlib faq.jsonl                          # a second corpus of your own: as long again
+    python tests/bench_distill.py --minutes 5 --teacher-minutes 20 --seeds 5    # longer
+    python tests/bench_distill.py stdlib --teacher DIR --steps 400          # a teacher you have, a number of steps
+
+For each corpus: a teacher; what twice its time would give; for each seed a student with cached labels and the control
+of the same time; then, at equal steps on equal text, the online teacher, its sampled cache, and top-k of the same bytes.
+Runs are kept in --work, and those that are there are not run again.
+"""
+import argparse, json, math, statistics, subprocess, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train
+from data.prepare import find, prepare
+from model import load, whole
+
+
+def command(script, out, *flags):
+    """Runs a script whose result is OUT, unless it is there and whole."""
+    done = out / ".done"
+    if done.exists():
+        return out
+    line = [sys.executable, str(ROOT / script), *map(str, flags), "--out", str(out), "--overwrite"]
+    print("$ python " + " ".join(a.replace(str(ROOT) + "/", "") for a in line[1:]), flush=True)
+    subprocess.run(line, check=True, cwd=ROOT)
+    done.touch()
+    return out
+
+
+def bits(run):
+    return load(run).history[-1]["val_bits_per_byte"]
+
+
+def spread(values, form="{:.4f}"):
+    return f"{form.format(statistics.fmean(values))} ({form.format(min(values))} ... {form.format(max(values))})"
+
+
+def proof(name, data, teacher, args, work):
+    """A student and its control for each seed."""
+    length = ("--steps", args.steps) if args.steps else ("--minutes", args.minutes)
+    runs = [command("distill.py", work / f"student-{seed}", teacher, "--data", data, "--cache", "--control", "--seed", seed, *length,
+                    *args.flags) for seed in range(args.seeds)]
+    reports = [json.loads((run / "report.json").read_text(encoding="utf-8"))["models"] for run in runs]
+    of = lambda model, key: [r[model][key] for r in reports]
+    won = [c - s for s, c in zip(of("student", "bits_per_byte"), of("control", "bits_per_byte"))]
+    speed = lambda run: statistics.median(l["tokens_per_second"] for l in train.read_log(run / "log.jsonl") if "loss" in l)
+    headers = [json.loads((run / "cache" / "header.json").read_text(encoding="utf-8")) for run in runs]
+    first = reports[0]
+    print(f"\n### {name}: {args.seeds} seeds, mean (least ... most)\n\n| | teacher | student | control |\n|---|---|---|---|")
+    for label, key, form in (("parameters", "parameters", "{:,.0f}"), ("bits per byte", "bits_per_byte", "{:.4f}"),
+                             ("quality kept", "quality_kept", "{:.1%}"), ("same top token", "agreement", "{:.1%}"),
+                             ("decode, x teacher's", "decode_x", "{:.2f}"), ("prefill, x teacher's", "prefill_x", "{:.2f}")):
+        print(f"| {label} | {form.format(first['teacher'][key])} | {spread(of('student', key), form)} | {spread(of('control', key), form)} |")
+    print(f"| seconds | | {spread(of('student', 'seconds'), '{:.0f}')} | {spread(of('control', 'seconds'), '{:.0f}')} |")
+    print(f"\nparameters, share of the teacher's: {first['student']['parameters'] / first['teacher']['parameters']:.1%}")
+    print(f"control minus student, bits per byte: {spread(won)}: the teacher was " +
+          ("worth its cost for every seed" if min(won) > 0 else "not worth its cost" if max(won) <= 0 else "worth its cost for some seeds"))
+    print(f"gap closed: {spread(of('student', 'gap_closed'), '{:.0%}')}")
+    print(f"cache: {spread([h['bytes_per_token'] for h in headers], '{:.1f}')} bytes a token, {headers[0]['draws']} draws; made in "
+          f"{spread([h['seconds'] for h in headers], '{:.0f}')} s")
+    print(f"training speed with it, x plain: {spread([speed(r) / speed(r / 'control') for r in runs], '{:.2f}')}\n", flush=True)
+
+
+def fidelity(name, data, teacher, args, work):
+    """Online, sampled and top-k at equal steps on equal text, without cross-entropy's help."""
+    common = (teacher, "--data", data, "--steps", args.fidelity_steps, "--pool", args.fidelity_steps * 1024 // 3, "--hard-weight", 0,
+              "--evals", 1, *args.flags)
+    runs = {"online teacher": command("distill.py", work / "online", *common),
+            "sampled cache": command("distill.py", work / "sampled", *common, "--cache"),
+            "top-k cache": command("distill.py", work / "topk", *common, "--cache", "--cache-labels", "topk")}
+    print(f"\n### {name}: {args.fidelity_steps} steps on the same text, weight of cross-entropy 0\n")
+    print("| labels | bytes a token | validation loss, nats a token | to online |\n|---|---|---|---|")
+    losses = {label: load(run).history[-1]["val_loss"] for label, run in runs.items()}
+    for label, run in runs.items():
+        header = run / "cache" / "header.json"
+        size = json.loads(header.read_text(encoding="utf-8"))["bytes_per_token"] if header.exists() else ""
+        print(f"| {label} | {size} | {losses[label]:.4f} | {losses[label] - losses['online teacher']:+.4f} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpora", nargs="*", default=["stdlib"], help="prepared data, stdlib, or a text or .jsonl file")
+    parser.add_argument("--work", default="bench-distill", help="where the runs are kept")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of a student; its control has as long")
+    parser.add_argument("--teacher-minutes", type=float, default=4.0)
+    parser.add_argument("--teacher", nargs="*", default=[], help="teachers that are there, one for each corpus")
+    parser.add_argument("--steps", type=int, default=0, help="of a student, instead of --minutes")
+    parser.add_argument("--fidelity-steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--flags", default="", help="more flags for distill.py, in one string")
+    args = parser.parse_args()
+    args.flags = args.flags.split()
+    for i, corpus in enumerate(args.corpora):
+        work = Path(args.work).resolve() / Path(corpus).stem
+        if Path(corpus).is_file():
+            data = work / "data" if (work / "data" / "meta.json").exists() else prepare(inputs=[corpus], out=work / "data")
+        else:
+            data = find(corpus) or prepare(corpus)
+        flags = ("--data", data, "--layers", 6)
+        teacher = Path(args.teacher[i]).resolve() if i < len(args.teacher) else \
+            command("train.py", work / "teacher", *flags, "--minutes", args.teacher_minutes)
+        proof(corpus, data, teacher, args, work)
+        fidelity(corpus, data, teacher, args, work)
+        state = train.read_state(teacher)
+        twice = command("train.py", work / "teacher-twice", *flags, "--steps", 2 * state["total"])
+        print(f"\n{corpus}: the teacher, {state['seconds']:.0f} s, has {bits(teacher):.4f} bits per byte; after twice its steps it "
+              f"would have {bits(twice):.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

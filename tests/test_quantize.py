@@ -1,0 +1,405 @@
+"""Rounding that looks at data: calibration, GPTQ and quantization-aware training."""
+import contextlib, copy, io, shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import compress, train
+from data import UserError
+from data.loader import Batch, Windows
+from data.prepare import prepare
+from data.tokenizer import Tokenizer
+from model import (LAYERS, Config, Int4Linear, Transformer, absmax_scales, config_from_hub,
+                   dequantized, load, minmax_grid, rounded, save)
+
+TINY = dict(vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, max_position_embeddings=32)
+LINES = [f"def f{i}(x, y={i % 7}):\n    return x * {i % 13} + y - {i % 5}\n\n\n" for i in range(400)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """data/ (prepared bytes of repetitive text), other/ (another tokenizer), dense/ and tied/ (trained on data)."""
+    root = tmp_path_factory.mktemp("quantize")
+    (root / "text.txt").write_text("".join(LINES), encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare("quantize-test", [root / "text.txt"], out=root / "data", tokenizer="bytes")
+        prepare("quantize-other", [root / "text.txt"], out=root / "other", vocab_size=300)
+    windows, tokenizer = Windows(root / "data", "train", 32), Tokenizer.load(root / "data")
+    for name in ("dense", "tied"):
+        model = Transformer(Config(**TINY, tie_word_embeddings=name == "tied"))
+        model.initialize(torch.Generator().manual_seed(0))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for step in range(60):
+            loss, count, _ = train.cross_entropy(model, windows.training_rows(0, step * 16, 16))
+            (loss / count).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.history = [{"step": "train", "data": str(root / "data"), "data_sha256": windows.meta["sha256"]}]
+        save(model, root / name, tokenizer)
+    return root
+
+
+def run(*argv):
+    compress.main(list(map(str, argv)))
+
+
+def args(**changes):
+    return compress.arguments(["m", "int4", "--out", "o", *(str(a) for k, v in changes.items()
+                                                            for a in ("--" + k.replace("_", "-"), v))])
+
+
+def loss_of(model, directory, windows=64):
+    rows = Windows(directory, "val", 32).training_rows(5, 0, windows)
+    if model.compression:
+        model = compress.dequantize(copy.deepcopy(model))
+    with torch.no_grad():
+        return float(train.cross_entropy(model.eval(), rows)[0] / (rows.targets >= 0).sum())
+
+
+def correlated(n=4000, size=64, rows=24, seed=0):
+    """(weight (rows, size), inputs (n, size) whose channels depend on each other and differ in size)."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(size, size, generator=g) * torch.logspace(0, -2, size)[:, None]
+    return torch.randn(rows, size, generator=g), torch.randn(n, size, generator=g) @ mix
+
+
+def hessian_of(x):
+    return x.double().T @ x.double()
+
+
+def output_error(weight, found, x):
+    integers, scales, offsets = found
+    return float(((weight - dequantized(integers, scales, offsets)).double() @ x.double().T).square().sum())
+
+
+# --- rounding to nearest ---
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("group", [32, 64])
+def test_nearest_is_at_most_half_a_step_away(group, asymmetric):
+    weight = correlated()[0] + 0.5
+    dense = nn.Linear(64, 24)
+    dense.weight.data = weight
+    layer = Int4Linear.from_dense(dense, group=group, **({"asymmetric": True} if asymmetric else {}))
+    step = layer.scales.float().repeat_interleave(group, 1)
+    # at the grid's ends, what float16 took from the scale or moved the offset by
+    slack = 7 * step * 2 ** -10 + (0 if layer.offsets is None else layer.offsets.float().abs().max() * 2 ** -10)
+    assert ((weight - layer.dense()).abs() <= step / 2 + slack).all()
+
+
+def test_searched_grids_lose_no_more_than_the_widest():
+    weight, x = correlated()
+    importance = hessian_of(x).diagonal().float()
+    for asymmetric in (False, True):
+        widest = minmax_grid(weight, 4, 32) if asymmetric else (absmax_scales(weight, 4, 32),)
+        found = compress.searched_grid(weight, importance, 4, 32, asymmetric)
+        losses = [((dequantized(rounded(weight, g[0], 4, *g[1:]), *g) - weight).square() * importance)
+                  .unflatten(1, (-1, 32)).sum(-1) for g in (widest, found)]
+        assert len(found) == 1 + asymmetric and found[0].dtype == torch.float16
+        assert (losses[1] <= losses[0]).all() and losses[1].sum() < 0.97 * losses[0].sum()
+
+
+# --- GPTQ of one layer ---
+
+def brute_force(weight, hessian, importance, group, asymmetric, drift=None):
+    """The same by its definition, in float64: after each column the inverse Hessian of those that are left is made
+    anew, and they take the change that makes up best for its error (Optimal Brain Surgeon)."""
+    weight, n = weight.double().clone(), weight.shape[1]
+    hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(n, dtype=torch.double)
+    if drift is not None:
+        weight += torch.linalg.solve(hessian, drift.T).T
+    integers = torch.empty(weight.shape, dtype=torch.int8)
+    for i in range(n):
+        if i % group == 0:
+            grid = compress.searched_grid(weight[:, i:i + group].float(), importance[i:i + group], 4, group, asymmetric)
+        integers[:, i] = rounded(weight[:, i, None].float(), grid[0], 4, *grid[1:])[:, 0]
+        error = weight[:, i] - dequantized(integers[:, i, None], *grid)[:, 0].double()
+        inverse = torch.linalg.inv(hessian[i:, i:])
+        weight[:, i:] -= error[:, None] * inverse[0] / inverse[0, 0]
+    return integers
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("with_drift", [False, True])
+def test_gptq_is_the_brute_force_algorithm(asymmetric, with_drift):
+    weight, x = correlated(size=192, rows=12)                     # more than one block of 128 columns
+    hessian = hessian_of(x)
+    drift = torch.randn(12, 192, generator=torch.Generator().manual_seed(3)).double() @ hessian * 0.1 if with_drift else None
+    want = brute_force(weight, hessian, hessian.diagonal().float(), 32, asymmetric, drift)
+    integers, scales, offsets = compress.gptq(weight, hessian, 4, 32, asymmetric, drift)
+    assert integers.dtype == torch.int8 and integers.shape == weight.shape and scales.shape == (12, 6)
+    assert (offsets is not None) == asymmetric and scales.dtype == torch.float16
+    assert (integers != want).float().mean() < 0.01               # a float32 weight within an ulp of a rounding's edge
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("group", [32, 64])
+def test_gptq_keeps_outputs_better_than_nearest(group, asymmetric):
+    for seed in range(3):
+        weight, x = correlated(seed=seed)
+        grid = minmax_grid(weight, 4, group) if asymmetric else (absmax_scales(weight, 4, group),)
+        nearest = rounded(weight, grid[0], 4, *grid[1:]), *grid, *(() if asymmetric else (None,))
+        found = compress.gptq(weight, hessian_of(x), 4, group, asymmetric)
+        assert found[0].min() >= -7 - asymmetric and found[0].max() <= 7
+        assert output_error(weight, found, x) < 0.5 * output_error(weight, nearest, x)
+
+
+def test_drift_makes_up_for_inputs_that_changed():
+    weight, dense_x = correlated()
+    x = dense_x + 0.3 * torch.randn(dense_x.shape, generator=torch.Generator().manual_seed(1)) * dense_x.std(0)
+    drift = weight.double() @ ((dense_x - x).T @ x).double()
+    errors = []
+    for d in (None, drift):
+        integers, scales, offsets = compress.gptq(weight, hessian_of(x), 4, 32, drift=d)
+        errors.append(float((dense_x @ weight.T - x @ dequantized(integers, scales, offsets).T).square().sum()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_dead_columns_and_singular_hessians(capsys):
+    weight, x = correlated()
+    x[:, 7] = x[:, 40] = 0
+    integers, scales, offsets = compress.gptq(weight, hessian_of(x), 4, 32)
+    found = dequantized(integers, scales, offsets)
+    step = scales.float().repeat_interleave(32, 1)
+    inside = (weight.abs() <= 7 * step)[:, [7, 40]]
+    assert ((found - weight).abs() <= step / 2 * 1.0001)[:, [7, 40]][inside].all()                   # rounded to nearest
+    few = x[:5]                                                   # rank 5 of 64
+    assert output_error(weight, compress.gptq(weight, hessian_of(few), 4, 32), few) < 1e-2 * float((few @ weight.T).square().sum())
+    nothing = compress.gptq(weight, torch.zeros(64, 64, dtype=torch.double), 4, 32)
+    assert dequantized(*nothing).isfinite().all()
+    assert capsys.readouterr().out == ""
+    worse = hessian_of(x) - 0.05 * hessian_of(x).diagonal().mean() * torch.eye(64, dtype=torch.double)
+    compress.gptq(weight, worse, 4, 32, name="that.layer")
+    assert "that.layer: too few inputs tell its columns apart; damping is 10%" in capsys.readouterr().out
+    with pytest.raises(UserError, match="inputs of that.layer are infinite or not numbers"):
+        compress.gptq(weight, worse * float("nan"), 4, 32, name="that.layer")
+
+
+# --- calibration ---
+
+def test_calibration_is_training_text_and_says_what_it_is(root, capsys):
+    model, tokenizer = load(root / "dense"), Tokenizer.load(root / "dense")
+    batches, made_of = compress.calibration(model, tokenizer, args(calibration_windows=12))
+    assert [len(b.ids) for b in batches] == [8, 4] and made_of["windows"] == 12 and made_of["context"] == 32
+    text = bytes(np.memmap(root / "data" / "train.bin", dtype=np.uint16, mode="r").astype(np.uint8))
+    assert all(bytes(row.to(torch.uint8).numpy()) in text for b in batches for row in b.ids)
+    assert f"calibration: 12 windows of 32 tokens from quantize-test, seed 0, sha256 {made_of['sha256']}" in capsys.readouterr().out
+    again = compress.calibration(model, tokenizer, args(calibration_windows=12))[1]
+    other = compress.calibration(model, tokenizer, args(calibration_windows=12, seed=1))[1]
+    assert again == made_of and other["sha256"] != made_of["sha256"]
+    batches, made_of = compress.calibration(model, tokenizer, args(calibration=root / "text.txt"))
+    assert made_of["data"] == "text.txt" and sum(len(b.ids) for b in batches) == 128
+    whole_text = (root / "text.txt").read_bytes()
+    assert all(bytes(row.to(torch.uint8).numpy()) in whole_text for b in batches for row in b.ids)
+    assert torch.equal(batches[0].ids[:, 1:], batches[0].targets[:, :-1])
+
+
+def test_calibration_that_cannot_be(root, tmp_path):
+    model, tokenizer = load(root / "dense"), Tokenizer.load(root / "dense")
+    with pytest.raises(UserError, match="--calibration .*other was prepared with another tokenizer than the model's: .*--tokenizer m"):
+        compress.calibration(model, tokenizer, args(calibration=root / "other"))
+    with pytest.raises(UserError, match="--calibration nowhere: no such dataset"):
+        compress.calibration(model, tokenizer, args(calibration="nowhere"))
+    (tmp_path / "short.txt").write_text("short", encoding="utf-8")
+    with pytest.raises(UserError, match="short.txt has 5 tokens, less than one window of 32"):
+        compress.calibration(model, tokenizer, args(calibration=tmp_path / "short.txt"))
+    model.history = []
+    with pytest.raises(UserError, match="the history of the model does not say what it was trained on: .*--calibration"):
+        compress.calibration(model, tokenizer, args())
+    model.history = [{"data": str(root / "data"), "data_sha256": "0" * 64}]
+    with pytest.raises(UserError, match="the model was trained on .*--calibration"):
+        compress.calibration(model, tokenizer, args())
+
+
+# --- GPTQ of a model ---
+
+@pytest.mark.parametrize("name, flags", [("dense", ()), ("tied", ()), ("dense", ("--asymmetric",)), ("tied", ("--head-bits", "8")),
+                                         ("dense", ("--head-bits", "16"))])
+def test_gptq_beats_nearest(root, tmp_path, name, flags):
+    run(root / name, "int4:32:gptq", *flags, "--out", tmp_path / "gptq")
+    run(root / name, "int4", *flags, "--out", tmp_path / "rtn")
+    dense, gptq, rtn = (load(path) for path in (root / name, tmp_path / "gptq", tmp_path / "rtn"))
+    assert gptq.compression and sorted(map(str, gptq.compression)) == sorted(map(str, rtn.compression))
+    losses = [loss_of(model, root / "data") for model in (dense, gptq, rtn)]
+    assert losses[1] < losses[2] and losses[1] - losses[0] < 0.75 * (losses[2] - losses[0])
+    assert (tmp_path / "gptq" / "model.safetensors").stat().st_size == (tmp_path / "rtn" / "model.safetensors").stat().st_size
+    if name == "tied":
+        assert gptq.lm_head is gptq.model.embed_tokens.table
+    entry = gptq.history[-1]
+    assert entry["method"] == "gptq" and entry["calibration"]["windows"] == 128 and entry["seed"] == 0
+    assert all(p.requires_grad for p in gptq.parameters())
+
+
+def test_three_windows_and_16_bit_weights(root, tmp_path):
+    run(root / "dense", "int4:gptq", "--calibration-windows", 3, "--out", tmp_path / "m")
+    assert loss_of(load(tmp_path / "m"), root / "data") < loss_of(load(root / "dense"), root / "data") + 0.2
+    model = load(root / "dense", dtype=torch.bfloat16)
+    save(model, tmp_path / "half", Tokenizer.load(root / "dense"))
+    run(tmp_path / "half", "int4:gptq", "--calibration-windows", 3, "--out", tmp_path / "n")
+    assert load(tmp_path / "n").dtype == torch.bfloat16
+
+
+def test_other_families_and_packed_examples():
+    for hub in (dict(model_type="gpt2", vocab_size=259, n_embd=64, n_layer=2, n_head=4, n_positions=32),
+                dict(model_type="mistral", vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                     num_attention_heads=4, sliding_window=8, max_position_embeddings=32)):
+        model = Transformer(config_from_hub(hub)).eval()
+        for p in model.parameters():
+            nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.2)
+        ids = torch.arange(96).view(3, 32) * 7 % 259
+        segments = torch.arange(32).expand(3, -1) // 10 * (torch.arange(32) < 30)           # the first ten, the end: padding
+        dense = copy.deepcopy(model)
+        compress.gptq_model(model, compress.plan(model, 4, 32, 4), [Batch(ids, ids, segments), Batch(ids, ids, None)])
+        assert not [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        rtn = copy.deepcopy(dense)
+        compress.round_to_nearest(rtn, compress.plan(rtn, 4, 32, 4))
+        with torch.no_grad():
+            a = dense(ids).log_softmax(-1)
+            kl = [float((a.exp() * (a - q(ids).log_softmax(-1))).sum(-1).mean()) for q in (model, rtn)]
+        assert kl[0] < kl[1]
+
+
+# --- quantization-aware training ---
+
+def test_rounding_lets_the_gradient_through():
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for entry in ({"kind": "int8"}, {"kind": "int4", "group": 32}, {"kind": "int4", "group": 64, "asymmetric": True}):
+        spec = {k: v for k, v in entry.items() if k != "kind"}
+        dense = nn.Linear(64, 6)
+        dense.weight.data = weight.detach()
+        rounded_ = compress.Rounded.apply(weight, {"module": "m", **entry})
+        assert torch.equal(rounded_, LAYERS[entry["kind"]].from_dense(dense, **spec).dense())
+        g = torch.randn(6, 64)
+        assert torch.equal(torch.autograd.grad(rounded_, weight, g)[0], g)
+
+
+def test_linear_kl_is_the_divergence():
+    g = torch.Generator().manual_seed(0)
+    x, weight, y, teacher = (torch.randn(*shape, generator=g, dtype=torch.double).requires_grad_()
+                             for shape in ((10, 4), (7, 4), (10, 6), (7, 6)))
+    keep = torch.arange(10) != 3
+    kl = torch.nn.functional.kl_div((x @ weight.T).log_softmax(1), (y @ teacher.T).log_softmax(1), reduction="none",
+                                    log_target=True).sum(1)[keep].sum()
+    ours = compress.LinearKL.apply(x.float(), weight.float(), y.detach().float(), teacher.detach().float(), keep)
+    assert ours.item() == pytest.approx(kl.item(), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(ours, (x, weight)), torch.autograd.grad(kl, (x, weight))):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert compress.LinearKL.apply(y.detach(), teacher, y.detach(), teacher.detach(), keep) == 0
+
+
+@pytest.mark.parametrize("name, step", [("dense", "int4:qat"), ("tied", "int4:qat"), ("dense", "int8:qat")])
+def test_qat(root, tmp_path, name, step, monkeypatch, capsys):
+    kept = {}
+
+    def fit(student, *rest, **more):                              # keeps what the run saved before it is removed
+        figures = train_fit(student, *rest, **more)
+        kept["best"] = shutil.copytree(tmp_path / "q.qat" / "best", tmp_path / "best")
+        return figures
+
+    train_fit = train.fit
+    monkeypatch.setattr(compress.train, "fit", fit)
+    run(root / name, step, "--qat-steps", 30, "--lr", "1e-3", "--out", tmp_path / "q")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "q"]
+    dense, saved, model = load(root / name), load(kept["best"]), load(tmp_path / "q")
+    assert not saved.compression and saved.parameters_count() == model.parameters_count()
+    for entry in model.compression:                               # the saved dense weights, rounded: nothing else
+        spec = {k: v for k, v in entry.items() if k not in ("module", "kind")}
+        want = LAYERS[entry["kind"]].from_dense(saved.get_submodule(entry["module"]), **spec)
+        found = model.get_submodule(entry["module"])
+        assert all(torch.equal(a, b) for a, b in zip(found.integers(), want.integers()))
+    if name == "tied":
+        assert model.lm_head is model.model.embed_tokens.table and saved.lm_head.weight is saved.model.embed_tokens.weight
+    rtn = load(root / name)
+    rtn, _ = compress.quantize_step(rtn, None, compress.parse(step[:4]), args())
+    if step == "int4:qat":
+        assert loss_of(model, root / "data") < loss_of(rtn, root / "data")
+    entry = model.history[-1]
+    assert [h["step"] for h in model.history] == ["train", step[:4]] and entry["method"] == "qat" and entry["steps"] == 30
+    assert "rounded without training" in capsys.readouterr().out
+    # what evaluation said is what the result is
+    val = Windows(root / "data", "val", 32)
+    scored = compress.sample.figures(*compress.sample.score(compress.dequantize(model), val.evaluation_batches(256, 131072),
+                                                            Tokenizer.load(root / name).token_bytes()))
+    assert entry["val_loss"] == pytest.approx(scored["loss"], abs=1e-4)
+
+
+def test_qat_resumes(root, tmp_path, monkeypatch):
+    flags = ("--qat-steps", 8, "--lr", "1e-3")
+    run(root / "dense", "int4:qat", *flags, "--out", tmp_path / "whole")
+    schedule = train.lr_at
+
+    def interrupted(step, total, cfg):
+        if step == 5:
+            train.signal.raise_signal(train.signal.SIGINT)
+        return schedule(step, total, cfg)
+
+    monkeypatch.setattr(train, "lr_at", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(root / "dense", "int4:qat", *flags, "--out", tmp_path / "q")
+    monkeypatch.setattr(train, "lr_at", schedule)
+    assert not (tmp_path / "q").exists() and not load(tmp_path / "q.qat" / "last").compression
+    with pytest.raises(UserError, match="q.qat holds a run that was not finished: go on with --resume"):
+        run(root / "dense", "int4:qat", *flags, "--out", tmp_path / "q")
+    assert not [name for name in ("q", "whole.qat") if (tmp_path / name).exists()]
+    with pytest.raises(UserError, match="was begun with lr 0.001, not 0.0003"):
+        run(root / "dense", "int4:qat", "--qat-steps", 8, "--resume", "--out", tmp_path / "q")
+    run(root / "dense", "int4:qat", *flags, "--resume", "--out", tmp_path / "q")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q", "whole"]
+    assert (tmp_path / "q" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+# --- the command ---
+
+@pytest.mark.parametrize("text, want", [("int4:gptq", ("int4", "32", "gptq")), ("int4:64:qat", ("int4", "64", "qat")),
+                                        ("int8:qat", ("int8", "", "qat"))])
+def test_steps(text, want):
+    assert compress.parse(text) == want
+
+
+@pytest.mark.parametrize("argv, match", [
+    (["int4:gptk"], r"int4 is written int4\[:32\|64\|128\]\[:rtn\|gptq\|qat\]; did you mean gptq\?"),
+    (["int8:gptq"], r"int8 is written int8\[:qat\]"), (["int4:48:gptq"], "int4 is written"), (["int5:gptq"], "no step 'int5'; did you mean int"),
+    (["int4", "--calibration", "stdlib"], "--calibration needs a step that looks at text"),
+    (["int4:qat", "--calibration-windows", "3"], "--calibration-windows needs a step that calibrates"),
+    (["int4:gptq", "--calibration-windows", "0"], "--calibration-windows is 0; it must be at least 1"),
+    (["int4:gptq", "--qat-steps", "5"], "--qat-steps needs a step that trains"), (["int8", "--resume"], "--resume needs a step that trains"),
+    (["int8", "--asymmetric"], "--asymmetric needs a step of 4 bits"), (["int4:qat", "--lr", "nan"], "--lr is nan"),
+    (["int4", "gguf:q4_0", "--asymmetric"], "gguf:q4_0 has no offsets"), (["int4:64:gptq"], "down_proj: int4 in groups of 64 does not fit"),
+    (["int8", "int4:gptq"], "int4 comes after int8")])
+def test_wrong_commands(root, tmp_path, argv, match):
+    with pytest.raises(UserError, match=match):
+        run(root / "dense", *argv, "--out", tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantized_models_are_refused_and_text_does_not_train(root, tmp_path):
+    run(root / "dense", "int8", "--out", tmp_path / "int8")
+    for method in ("gptq", "qat"):
+        with pytest.raises(UserError, match="int4: model.embed_tokens is int8 already"):
+            run(tmp_path / "int8", f"int4:{method}", "--out", tmp_path / "m")
+    with pytest.raises(UserError, match="text.txt is a text file, and qat learns from prepared data"):
+        run(root / "dense", "int4:qat", "--calibration", root / "text.txt", "--out", tmp_path / "m")
+    (tmp_path / "m.qat").mkdir()
+    (tmp_path / "m.qat" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(UserError, match="m.qat, where qat keeps its run, holds something else"):
+        run(root / "dense", "int4:qat", "--overwrite", "--out", tmp_path / "m")
+    assert (tmp_path / "m.qat" / "thesis.txt").exists() and not (tmp_path / "m").exists()
+
+
+def test_a_stopped_gptq_leaves_nothing(root, tmp_path, monkeypatch):
+    calls = []
+
+    def stopped(*given, **named):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return gptq(*given, **named)
+
+    gptq = compress.gptq
+    monkeypatch.setattr(compress, "gptq", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(root / "dense", "int4:gptq", "--out", tmp_path / "m")
+    assert not list(tmp_path.iterdir())
