@@ -62,7 +62,7 @@ class DistillConfig(train.TrainConfig):
     from_samples: int = 0           # let the teacher write this many tokens, and train a fresh student on that text
     exits: str = ""                 # instead of a student: teach these early exits of the model, in layers: 1,2
     control: bool = False           # also train the control, for the same time
-    control_steps: int = 0          # (found when the run begins)
+    control_steps: int = 0          # of the control, found when the run begins
 
 
 OWN = {f.name for f in dataclasses.fields(DistillConfig)} - set(train.TrainConfig.__dataclass_fields__)
@@ -216,16 +216,20 @@ class Distillation(nn.Module):
         if getattr(batch, "labels", None) is not None:
             chunk = sparse_targets(batch.labels.flatten(0, 1), batch.weights.flatten(0, 1), metrics)
             return ThroughHead.apply(x, weight, chunk), keep.sum(), metrics
-        teacher, start = self.teacher[0], time.perf_counter()
-        with torch.no_grad():
-            y = teacher(batch.ids, segments=batch.segments, head=False, hidden=theirs).flatten(0, 1)   # (B * T, C')
-        train.synchronize(x.device)
-        self.teacher_seconds += time.perf_counter() - start
+        teacher = self.teacher[0]
+
+        @torch.no_grad()
+        def timed(answer):
+            start, result = time.perf_counter(), answer()
+            train.synchronize(x.device)
+            self.teacher_seconds += time.perf_counter() - start
+            return result
+        y = timed(lambda: teacher(batch.ids, segments=batch.segments, head=False, hidden=theirs).flatten(0, 1))
         hard = keep * cfg.hard_weight
         if getattr(batch, "sampled", None) is not None:
             hard[batch.sampled.flatten()] = 0         # what the student wrote itself is no example
         chunk = dense_targets(batch.targets.flatten(), hard if cfg.hard_weight else None, keep - hard,
-                              lambda rows: teacher.lm_head(y[rows]), self.vocab_size, cfg, metrics)
+                              lambda rows: timed(lambda: teacher.lm_head(y[rows])), self.vocab_size, cfg, metrics)
         loss = ThroughHead.apply(x, weight, chunk)
         for i, t in enumerate(self.layers):
             if cfg.hidden:
@@ -308,19 +312,29 @@ def teacher_probs(teacher, batch, machine, vocab_size):
             yield teacher.lm_head(h)[:, :vocab_size].float().softmax(1)
 
 
+def draws_that_fit(probs):
+    """The most draws whose expected number of distinct ids, the sum of min(1, draws * p), fits BYTES_A_TOKEN: 3 bytes
+    for each at 16 bits, 1 for how many, 1 for offsets and as a reserve. It depends on probs only: no bias."""
+    some, low, high = probs[::max(1, len(probs) // 64)], 1, 255
+    while low < high:
+        n = (low + high + 1) // 2
+        fits = 3 * (n * some).clamp(max=1).sum(1).mean() + 2 <= BYTES_A_TOKEN
+        low, high = (n, high) if fits else (low, n - 1)
+    return low
+
+
 def make_cache(directory, teacher, windows, header, cfg, machine, vocab_size):
     """Runs the teacher once over all windows and writes its labels: T lengths a window (uint8; 0: nothing is learned),
     an id (uint16, from 65,537 ids on uint32) and a count (uint8) a label, and where a window's labels begin (int64)."""
     start, random, T = time.perf_counter(), torch.Generator().manual_seed(cfg.seed), windows.context
-    rows, id_type = max(1, 4096 // T), "uint16" if vocab_size <= 2 ** 16 else "uint32"
-    some = [p for b in narrowed(windows, 16, 1).evaluation_batches(rows)
-            for p in teacher_probs(teacher, b, machine, vocab_size)]
-    # Distinct ids a token for n draws: the sum of min(1, n * p). 3 bytes each, 1 for the length; 1 is left in reserve.
-    distinct = lambda n: float(sum((n * p).clamp(max=1).sum() for p in some) / sum(map(len, some)))
-    draws = max((n for n in range(1, 256) if 3 * distinct(n) + 2 + 8 / T <= BYTES_A_TOKEN), default=1)
-    label = (lambda p: systematic(p, draws, random)) if cfg.cache_labels == "sampled" else \
-        (lambda p, k=max(1, round(distinct(draws))): top_k(p, k))
-    offsets, tokens = [0], 0
+    rows, id_type, offsets, tokens = max(1, 4096 // T), "uint16" if vocab_size <= 2 ** 16 else "uint32", [0], 0
+    draws = []
+
+    def label(probs):
+        if cfg.cache_labels == "topk":
+            return top_k(probs, int((BYTES_A_TOKEN - 2) / 3))
+        draws.append(draws_that_fit(probs))
+        return systematic(probs, draws[-1], random)
     with replacing(directory, "header.json") as new:
         files = [open(new / f"{name}.bin", "wb") for name in ("lengths", "ids", "counts", "offsets")]
         for batch in tqdm(windows.evaluation_batches(rows), total=-(-len(windows.starts) // rows), desc="teacher",
@@ -338,9 +352,9 @@ def make_cache(directory, teacher, windows, header, cfg, machine, vocab_size):
         for f in files:
             f.close()
             sync(f.name)
-        write_json(new / "header.json", {**header, "draws": draws, "id_type": id_type, "tokens": tokens,
-                                         "bytes_per_token": round(size / tokens, 2),
-                                         "seconds": round(time.perf_counter() - start, 2)})
+        write_json(new / "header.json", {
+            **header, "draws": round(sum(draws) / max(1, len(draws))), "id_type": id_type, "tokens": tokens,
+            "bytes_per_token": round(size / tokens, 2), "seconds": round(time.perf_counter() - start, 2)})
         sync(new / "header.json")
 
 
@@ -362,14 +376,14 @@ class Cache:
 
     def rows(self, windows, seed, first, count, hard_weight):
         """Rows first ... first + count - 1 of the training stream with labels and their weights (count, T, M)."""
-        batches, T = [windows.training_rows(seed, n, 1) for n in range(first, first + count)], windows.context
+        batches, T = [], windows.context
         ids, weights, most = np.zeros((count, T, 256), np.int64), np.zeros((count, T, 256), np.float32), 0
         for i, n in enumerate(range(first, first + count)):
-            windows.training_rows(seed, n, 1)
+            batches.append(windows.training_rows(seed, n, 1))
             w = windows._epoch[1][n % windows.per_epoch]                     # which window row n is
             lengths, (a, b) = self.lengths[w * T:(w + 1) * T].astype(np.int64), self.offsets[w:w + 2]
-            where = i, np.repeat(np.arange(T), lengths), \
-                1 + np.arange(b - a) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            column = 1 + np.arange(b - a) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            where = i, np.repeat(np.arange(T), lengths), column
             ids[where], weights[where], most = self.ids[a:b], self.counts[a:b], max(most, lengths.max())
         batch = Batch(*(None if t[0] is None else torch.cat(t) for t in zip(*batches)))
         weights *= (1 - hard_weight) / np.maximum(weights.sum(2, keepdims=True), 1)
@@ -395,8 +409,8 @@ def open_cache(cfg, teacher, its_hash, windows, tokenizer, machine, timed):
     if machine.size > 1:
         torch.distributed.barrier()
     cache = Cache(directory, wanted)
-    train.say(machine, "cache: {tokens:,} tokens, {draws} draws and {bytes_per_token} bytes each; the teacher took "
-              "{seconds:.0f} s".format(**cache.header))
+    train.say(machine, "cache: {tokens:,} tokens, on average {draws} draws and {bytes_per_token} bytes each; the "
+              "teacher took {seconds:.0f} s".format(**cache.header))
     return cache, pool
 
 
@@ -555,12 +569,13 @@ def report(cfg, machine, models, val, tokenizer, cached):
     with train.in_dtype(machine):
         rows = sample.compare(models, val.evaluation_batches(max(1, 8192 // cfg.context), cfg.eval_tokens),
                               tokenizer.token_bytes())
-        speeds = sample.speed(models, window // 2, max(1, window // 4))
+        speeds = sample.speed({n: m for n, m in models.items() if n != "control"}, window // 2, max(1, window // 4))
     base, states = next(iter(rows.values()))["bits_per_byte"], {"student": train.read_state(out)}
     if "control" in models:
         states["control"] = train.read_state(out / "control")
     for name, row in rows.items():
-        row.update({k: v for k, v in speeds[name].items() if not k.endswith("_rounds")},
+        its = speeds["student" if name == "control" else name]               # they have one shape
+        row.update({k: v for k, v in its.items() if not k.endswith("_rounds")},
                    parameters=models[name].parameters_count(), quality_kept=base / row["bits_per_byte"])
     for name, state in states.items():
         rows[name]["seconds"] = state["seconds"] + cached * (name == "student")
@@ -569,10 +584,11 @@ def report(cfg, machine, models, val, tokenizer, cached):
                                     "|---" * (len(COLUMNS) + 1) + "|"]
     if "control" in rows:
         control = rows["control"]["bits_per_byte"]
-        ours["gap_closed"] = (control - ours["bits_per_byte"]) / (control - base)
+        if control > base:
+            ours["gap_closed"] = (control - ours["bits_per_byte"]) / (control - base)
     lines += ["| " + " | ".join([name, *(form.format(row[key]) if key in row else "" for _, key, form in COLUMNS)])
               + " |" for name, row in rows.items()]
-    if ours["bits_per_byte"] < base:
+    if ours["bits_per_byte"] < base and not cfg.exits:
         lines += ["", f"Warning: at {base:.4f} bits per byte the teacher is worse than the student, at "
                       f"{ours['bits_per_byte']:.4f}: train the teacher longer."]
     if "control" in rows:
@@ -608,7 +624,8 @@ def report(cfg, machine, models, val, tokenizer, cached):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-def main(argv=None):
+def settings(argv):
+    """(config, names of the flags that were given): checked, and of a run that is resumed its own."""
     cfg, given = train.parse(DistillConfig, __doc__, argv, positional=("teacher",),
                              hidden=(*train.SHAPE, "init_from", "vocab_size", "control_steps"))
     out, held = Path(cfg.out), train.check_out(cfg)
@@ -623,14 +640,20 @@ def main(argv=None):
         cfg.resume = False
         print(f"nothing is saved in {out} yet: starting from the beginning")
     check(cfg)
-    teacher_dir = whole(cfg.teacher)
-    if teacher_dir.resolve().parent == out.resolve():
-        raise UserError(f"the teacher is the run that --out {out} would replace: give another --out")
-    history, its_hash = read_json(teacher_dir / "config.json").get("history") or [], checkpoint_hash(teacher_dir)
+    for name in ("teacher", "student"):
+        if getattr(cfg, name) and whole(getattr(cfg, name)).resolve().parent == out.resolve():
+            raise UserError(f"the {name} is the run that --out {out} would replace: give another --out")
+    history = read_json(whole(cfg.teacher) / "config.json").get("history") or []
     cfg.data = cfg.data or next((e["data"] for e in reversed(history) if "data" in e), "")
     if not cfg.data:
-        raise UserError(f"the teacher in {teacher_dir} does not say what it learned: give --data")
-    machine = train.set_up(cfg)
+        raise UserError(f"the teacher in {cfg.teacher} does not say what it learned: give --data")
+    return cfg, given
+
+
+def main(argv=None):
+    cfg, given = settings(argv)
+    out, teacher_dir, machine = Path(cfg.out), whole(cfg.teacher), train.set_up(cfg)
+    its_hash = checkpoint_hash(teacher_dir)
     torch.manual_seed(cfg.seed)                                              # of learned projections
     if cfg.batch_size % machine.size:
         raise UserError(f"--batch-size {cfg.batch_size} does not divide by the {machine.size} processes")
@@ -706,8 +729,9 @@ def main(argv=None):
         cfg.steps = cfg.steps or (train.read_state(out)["total"] if cfg.resume else 0) or \
             train.plan(slow, common["eval_cost"], cfg, machine)
         cfg.control_steps = max(1, round((cfg.steps * slow + cached) / fast))
-        train.say(machine, f"as long, the cache included, takes the control: {cfg.control_steps:,} steps of "
-                  f"{1000 * fast:.0f} ms")
+        entry["step_ms"] = [round(1000 * slow, 1), round(1000 * fast, 1)]
+        train.say(machine, f"{cfg.steps:,} steps of {1000 * slow:.0f} ms; as long, the cache included, takes the "
+                  f"control: {cfg.control_steps:,} of {1000 * fast:.0f} ms")
     train.fit(student, batches, loss_fn, cfg, machine, entry=entry, **common)
     if cfg.control:
         begun = any((out / "control" / ("last" + end) / "config.json").is_file() for end in ("", ".new", ".old"))
@@ -719,7 +743,7 @@ def main(argv=None):
         models = {} if cfg.from_samples else {"teacher": teacher}
         models["student"] = student = load(out, machine.device)
         models.update({"control": load(out / "control", machine.device)} if cfg.control else {})
-        models.update({f"{e} layers": sample.first_layers(student, e) for e in exits})
+        models.update({f"exit after {e}": sample.first_layers(student, e) for e in exits})
         report(cfg, machine, models, val, tokenizer, cached)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

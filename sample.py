@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from data import Parser, UserError, run
 from data.tokenizer import Tokenizer
-from model import KVCache, load, whole
+from model import KVCache, QuantLinear, kernels, load, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,24 +61,29 @@ def figures(nats, tokens, n_bytes):
 # ---------------------------------------------------------------------------------------------------------------------
 # Generate
 
-def next_token(logits, seen, generator=None, **sampling):
+def next_token(logits, seen, generator=None, temperature=1.0, repetition_penalty=1.0, **sampling):
     """Draws one id per row, (B, 1), from logits (B, V); `seen` and `sampling` as in next_probs."""
-    probs = next_probs(logits, seen, **sampling)
-    certain = sampling.get("temperature", 1.0) < 1e-5
-    return probs.argmax(-1, keepdim=True) if certain else torch.multinomial(probs, 1, generator=generator)
+    if temperature < 1e-5:
+        return penalized(logits.float(), seen, repetition_penalty).argmax(-1, keepdim=True)
+    probs = next_probs(logits, seen, temperature, repetition_penalty=repetition_penalty, **sampling)
+    return torch.multinomial(probs, 1, generator=generator)
+
+
+def penalized(logits, seen, penalty):
+    """Positive logits of ids seen before divided by the penalty, negative ones multiplied (Keskar et al., 2019)."""
+    if penalty == 1.0:
+        return logits
+    old = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(old > 0, old / penalty, old * penalty))
 
 
 def next_probs(logits, seen, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
     """Probabilities (B, V) of the next id; `seen` (B, n) are the ids so far, for the repetition penalty.
 
     temperature 0 takes the likeliest. top_k keeps the k likeliest ids, top_p the likeliest that together reach p
-    (Holtzman et al., 2019), min_p those at least min_p times as likely as the first (Nguyen et al., 2024);
-    repetition_penalty divides the positive logits of ids seen before and multiplies the negative (Keskar et al., 2019).
+    (Holtzman et al., 2019), min_p those at least min_p times as likely as the first (Nguyen et al., 2024).
     """
-    logits = logits.float()
-    if repetition_penalty != 1.0:
-        old = logits.gather(1, seen)
-        logits = logits.scatter(1, seen, torch.where(old > 0, old / repetition_penalty, old * repetition_penalty))
+    logits = penalized(logits.float(), seen, repetition_penalty)
     if temperature < 1e-5:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits / temperature
@@ -390,6 +395,14 @@ def generate_alone(directory, device, dtype, threads, prompt_tokens, new_tokens,
     return json.dumps([before, memory_peak(device)])
 
 
+def how_quantized_layers_run(model):
+    """Text: the arithmetic behind the figures of a model with quantized layers; None: it has none."""
+    if not any(isinstance(m, QuantLinear) for m in model.modules()):
+        return None
+    on_cpu = next(model.parameters()).device.type == "cpu" and model.dtype == torch.float32
+    return kernels()[1] if on_cpu else f"weights dequantized to {str(model.dtype)[6:]} at each use"
+
+
 def measure(models, batches, token_bytes, directories=None, other_text=None, prompt_tokens=256, new_tokens=64,
             batch_size=1, rounds=5):
     """The rows of every table of this project: one dict a model, size, quality and speed of the same loaded object.
@@ -405,7 +418,7 @@ def measure(models, batches, token_bytes, directories=None, other_text=None, pro
     file_bytes    of model.safetensors, or its shards; the tokenizer comes on top, the same for all
     peak_bytes, empty_bytes    most memory of a fresh process that loads this model and generates, and what of it Python
                   and torch have without any (see peak_alone)
-    device, dtype, threads, prompt_tokens, new_tokens, batch_size, rounds
+    device, dtype, threads, quantized_layers (how they multiply), prompt_tokens, new_tokens, batch_size, rounds
     None stands for what could not be measured, never for an estimate.
     """
     directories, other_text = directories or {}, other_text or {}
@@ -427,7 +440,8 @@ def measure(models, batches, token_bytes, directories=None, other_text=None, pro
                      "bits_per_weight": 8 * resident / parameters, "peak_bytes": peak, "empty_bytes": empty,
                      **quality[name], **speeds[name],
                      "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-                     "dtype": str(model.dtype)[6:], "threads": torch.get_num_threads(), "prompt_tokens": prompt_tokens,
+                     "dtype": str(model.dtype)[6:], "threads": torch.get_num_threads(),
+                     "quantized_layers": how_quantized_layers_run(model), "prompt_tokens": prompt_tokens,
                      "new_tokens": new_tokens, "batch_size": batch_size, "rounds": rounds})
         model.train(training[name])
     return rows
@@ -476,6 +490,9 @@ def table(rows):
         f"a prompt of {base['prompt_tokens']} tokens, {base['new_tokens']} new ones, on {base['device']}{threads}, "
         f"{base['dtype']}; medians of {base['rounds']} rounds in which the models took turns; x is the median of the "
         "rounds' ratios. Process peak: of a fresh process that loads the model and generates; (of it before loading).")
+    how = sorted({row["quantized_layers"] for row in rows} - {None})
+    if how:
+        conditions += f" Quantized layers: {'; '.join(how)}."
     return "\n\n".join([*map(markdown, (size, quality, fast)), conditions])
 
 
@@ -610,7 +627,9 @@ def main(argv=None):
         decode = f", then {args.samples * (len(stamps) - 1) / (stamps[-1] - stamps[0]):.0f} tokens/s"
     if counts["guessed"]:
         decode += f"; of {counts['guessed']} guessed tokens {counts['taken'] / counts['guessed']:.0%} were taken"
-    print(f"\n[{len(stamps)} tokens; the first after {1000 * (stamps[0] - start):.0f} ms{decode}]", file=sys.stderr)
+    how = how_quantized_layers_run(model)
+    print(f"\n[{len(stamps)} tokens; the first after {1000 * (stamps[0] - start):.0f} ms{decode}]" +
+          (f"\n[quantized layers: {how}]" if how else ""), file=sys.stderr)
 
 
 if __name__ == "__main__":

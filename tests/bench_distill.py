@@ -9,15 +9,16 @@ For each corpus: a teacher; what twice its time would give; for each seed a stud
 of the same time; then, at equal steps on equal text, the online teacher, its sampled cache, and top-k of the same bytes.
 Runs are kept in --work, and those that are there are not run again.
 """
-import argparse, json, math, statistics, subprocess, sys
+import argparse, collections, functools, itertools, json, statistics, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train
+import sample, train
+from data.loader import Windows
 from data.prepare import find, prepare
-from model import load, whole
+from model import load
 
 
 def command(script, out, *flags):
@@ -48,7 +49,7 @@ def proof(name, data, teacher, args, work):
     reports = [json.loads((run / "report.json").read_text(encoding="utf-8"))["models"] for run in runs]
     of = lambda model, key: [r[model][key] for r in reports]
     won = [c - s for s, c in zip(of("student", "bits_per_byte"), of("control", "bits_per_byte"))]
-    speed = lambda run: statistics.median(l["tokens_per_second"] for l in train.read_log(run / "log.jsonl") if "loss" in l)
+    step = [load(run).history[-1]["step_ms"] for run in runs]                     # measured in turns: student, control
     headers = [json.loads((run / "cache" / "header.json").read_text(encoding="utf-8")) for run in runs]
     first = reports[0]
     print(f"\n### {name}: {args.seeds} seeds, mean (least ... most)\n\n| | teacher | student | control |\n|---|---|---|---|")
@@ -60,10 +61,11 @@ def proof(name, data, teacher, args, work):
     print(f"\nparameters, share of the teacher's: {first['student']['parameters'] / first['teacher']['parameters']:.1%}")
     print(f"control minus student, bits per byte: {spread(won)}: the teacher was " +
           ("worth its cost for every seed" if min(won) > 0 else "not worth its cost" if max(won) <= 0 else "worth its cost for some seeds"))
-    print(f"gap closed: {spread(of('student', 'gap_closed'), '{:.0%}')}")
+    if min(of("control", "bits_per_byte")) > first["teacher"]["bits_per_byte"]:
+        print(f"gap closed: {spread(of('student', 'gap_closed'), '{:.0%}')}")
     print(f"cache: {spread([h['bytes_per_token'] for h in headers], '{:.1f}')} bytes a token, {headers[0]['draws']} draws; made in "
           f"{spread([h['seconds'] for h in headers], '{:.0f}')} s")
-    print(f"training speed with it, x plain: {spread([speed(r) / speed(r / 'control') for r in runs], '{:.2f}')}\n", flush=True)
+    print(f"training speed with it, x plain: {spread([control / student for student, control in step], '{:.2f}')}\n", flush=True)
 
 
 def fidelity(name, data, teacher, args, work):
@@ -82,6 +84,27 @@ def fidelity(name, data, teacher, args, work):
         print(f"| {label} | {size} | {losses[label]:.4f} | {losses[label] - losses['online teacher']:+.4f} |", flush=True)
 
 
+def exits(name, data, teacher, args, work):
+    """The first layer as a draft, before and after it was taught: guesses taken, and speed beside plain generation."""
+    run = command("distill.py", work / "exits", teacher, "--data", data, "--exits", 1, "--steps", args.fidelity_steps, "--evals", 1, *args.flags)
+    val = Windows(data, "val", 64)
+    prompts = [b.ids for b in itertools.islice(val.evaluation_batches(1, 64 * 6), 6)]
+    print(f"\n### {name}: layer 1 guesses 4 tokens, all layers check, temperature 0\n")
+    print("| | guesses taken | decode, x plain | tokens as plain | bits per byte of the model |\n|---|---|---|---|---|")
+    for label, model, its in (("before", load(teacher), teacher), ("after --exits 1", load(run), run)):
+        counts, ratios, equal = collections.Counter(), [], 0
+        for ids in prompts:
+            times, texts = [], []
+            for write in (sample.generate, functools.partial(sample.speculate, draft=sample.first_layers(model, 1), counts=counts)):
+                start = time.perf_counter()
+                texts.append([int(i) for i in write(model, ids=ids, max_new_tokens=96, temperature=0)])
+                times.append(time.perf_counter() - start)
+            ratios.append(times[0] / times[1])
+            equal += texts[0] == texts[1]
+        print(f"| {label} | {counts['taken'] / counts['guessed']:.0%} | {statistics.median(ratios):.2f} | {equal} of {len(prompts)} texts | "
+              f"{bits(its):.4f} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", nargs="*", default=["stdlib"], help="prepared data, stdlib, or a text or .jsonl file")
@@ -91,6 +114,7 @@ def main():
     parser.add_argument("--teacher", nargs="*", default=[], help="teachers that are there, one for each corpus")
     parser.add_argument("--steps", type=int, default=0, help="of a student, instead of --minutes")
     parser.add_argument("--fidelity-steps", type=int, default=300)
+    parser.add_argument("--no-twice", action="store_true", help="do not train the teacher for twice as long beside it")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--flags", default="", help="more flags for distill.py, in one string")
     args = parser.parse_args()
@@ -106,6 +130,9 @@ def main():
             command("train.py", work / "teacher", *flags, "--minutes", args.teacher_minutes)
         proof(corpus, data, teacher, args, work)
         fidelity(corpus, data, teacher, args, work)
+        exits(corpus, data, teacher, args, work)
+        if args.no_twice:
+            continue
         state = train.read_state(teacher)
         twice = command("train.py", work / "teacher-twice", *flags, "--steps", 2 * state["total"])
         print(f"\n{corpus}: the teacher, {state['seconds']:.0f} s, has {bits(teacher):.4f} bits per byte; after twice its steps it "

@@ -4,6 +4,7 @@ import contextlib, copy, io, shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import compress, train
@@ -276,18 +277,22 @@ def test_rounding_lets_the_gradient_through():
         assert torch.equal(torch.autograd.grad(rounded_, weight, g)[0], g)
 
 
-def test_linear_kl_is_the_divergence():
+@pytest.mark.parametrize("hard", [0.0, 0.5, 1.0])
+def test_distillation_is_the_divergence_and_cross_entropy(hard):
     g = torch.Generator().manual_seed(0)
     x, weight, y, teacher = (torch.randn(*shape, generator=g, dtype=torch.double).requires_grad_()
                              for shape in ((10, 4), (7, 4), (10, 6), (7, 6)))
-    keep = torch.arange(10) != 3
-    kl = torch.nn.functional.kl_div((x @ weight.T).log_softmax(1), (y @ teacher.T).log_softmax(1), reduction="none",
-                                    log_target=True).sum(1)[keep].sum()
-    ours = compress.LinearKL.apply(x.float(), weight.float(), y.detach().float(), teacher.detach().float(), keep)
-    assert ours.item() == pytest.approx(kl.item(), rel=1e-5)
-    for a, b in zip(torch.autograd.grad(ours, (x, weight)), torch.autograd.grad(kl, (x, weight))):
+    targets = torch.arange(10) % 7
+    targets[3] = -100
+    log_q = (x @ weight.T).log_softmax(1)
+    kl = F.kl_div(log_q, (y @ teacher.T).log_softmax(1), reduction="none", log_target=True).sum(1)[targets >= 0].sum()
+    want = (1 - hard) * kl + hard * F.nll_loss(log_q, targets, reduction="sum")
+    ours = compress.LinearDistillation.apply(x.float(), weight.float(), y.detach().float(), teacher.detach().float(), targets, hard)
+    assert ours.item() == pytest.approx(want.item(), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(ours, (x, weight)), torch.autograd.grad(want, (x, weight))):
         assert torch.allclose(a, b, atol=1e-5)
-    assert compress.LinearKL.apply(y.detach(), teacher, y.detach(), teacher.detach(), keep) == 0
+    same = y.detach()
+    assert compress.LinearDistillation.apply(same, teacher, same, teacher.detach(), targets, 0.0) == 0
 
 
 @pytest.mark.parametrize("name, step", [("dense", "int4:qat"), ("tied", "int4:qat"), ("dense", "int8:qat")])
@@ -327,7 +332,7 @@ def test_qat(root, tmp_path, name, step, monkeypatch, capsys):
 
 
 def test_qat_resumes(root, tmp_path, monkeypatch):
-    flags = ("--qat-steps", 8, "--lr", "1e-3")
+    flags = ("--qat-steps", 8, "--lr", "2e-3")
     run(root / "dense", "int4:qat", *flags, "--out", tmp_path / "whole")
     schedule = train.lr_at
 
@@ -344,7 +349,7 @@ def test_qat_resumes(root, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="q.qat holds a run that was not finished: go on with --resume"):
         run(root / "dense", "int4:qat", *flags, "--out", tmp_path / "q")
     assert not [name for name in ("q", "whole.qat") if (tmp_path / name).exists()]
-    with pytest.raises(UserError, match="was begun with lr 0.001, not 0.0003"):
+    with pytest.raises(UserError, match="was begun with lr 0.002, not 0.001"):
         run(root / "dense", "int4:qat", "--qat-steps", 8, "--resume", "--out", tmp_path / "q")
     run(root / "dense", "int4:qat", *flags, "--resume", "--out", tmp_path / "q")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q", "whole"]

@@ -1,0 +1,103 @@
+"""The figures of compress.py's quantization, as the README quotes them: what each way costs, and what it buys.
+
+    python tests/bench_compress.py out                      # a model trained here, scored on its validation split
+    python tests/bench_compress.py DIR --chains int8 int4:32:gptq --text test.txt --calibration valid.txt
+    python tests/bench_compress.py --kernels                # products alone, by shape: quantized against float32
+
+Each chain of steps is compress.py's own command in a process of its own, whose time and peak memory are printed; then
+one `compress.py --measure` compares all results with the model they came from. Results are kept in --work, and a chain
+that is there is not run again.
+"""
+import argparse, json, os, statistics, subprocess, sys, time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from torch import nn
+
+from model import Int4Linear, Int8Linear, kernels
+
+CHAINS = ("int8", "int4:32:rtn", "int4:32:gptq", "int4:32:qat")
+SHAPES = {"2.6M: q, o": (160, 160), "2.6M: gate, up": (480, 160), "2.6M: head": (4096, 160),
+          "135M: q, o": (576, 576), "135M: k, v": (192, 576), "135M: gate, up": (1536, 576),
+          "135M: down": (576, 1536), "135M: head": (49152, 576)}
+
+
+def bench_kernels(rounds=7):
+    """Prints, for each shape (out, in), one token and 256: float32's time, how much faster quantized products are."""
+    print(f"{torch.get_num_threads()} thread(s); quantized layers: {kernels()[1]}\n\n"
+          "| layer | tokens | float32, us | int8 | int4 |\n|---|---:|---:|---:|---:|")
+    for name, (n_out, n_in) in SHAPES.items():
+        for tokens in (1, 256):
+            # For one token, as many copies as do not fit the cache: in a model each layer comes once a token.
+            copies = range(max(1, 48_000_000 // (4 * n_out * n_in)) if tokens == 1 else 1)
+            dense = [nn.Linear(n_in, n_out, bias=False) for _ in copies]
+            kinds = [dense, [Int8Linear.from_dense(d) for d in dense], [Int4Linear.from_dense(d) for d in dense]]
+            x, seconds = torch.randn(1, tokens, n_in), [[] for _ in kinds]
+            with torch.inference_mode():
+                for _ in range(rounds + 1):                                  # the first warms up
+                    for layers, times in zip(kinds, seconds):
+                        count, start = 0, time.perf_counter()
+                        while time.perf_counter() - start < 0.05:
+                            for layer in layers:
+                                layer(x)
+                            count += len(layers)
+                        times.append((time.perf_counter() - start) / count)
+            us = 1e6 * statistics.median(seconds[0][1:])
+            ratios = [statistics.median(f / q for f, q in zip(seconds[0][1:], times[1:])) for times in seconds[1:]]
+            print(f"| {name} ({n_out} x {n_in}) | {tokens} | {us:,.0f} | " + " | ".join(f"{r:.2f} x" for r in ratios) +
+                  " |", flush=True)
+
+
+def run_chain(model, chain, out, calibration):
+    """compress.py in a process of its own; (seconds, peak bytes), kept beside the result."""
+    note = out.with_name(out.name + ".json")
+    if not (note.exists() and (out / "config.json").exists()):
+        flags = ["--calibration", calibration] if calibration and chain.endswith(("gptq", "qat")) else []
+        command = [sys.executable, str(ROOT / "compress.py"), str(model), *chain.split(), "--out", str(out),
+                   "--overwrite", *flags]
+        print("$ python compress.py " + " ".join(command[2:]), flush=True)
+        start, child = time.perf_counter(), subprocess.Popen(command)
+        _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            sys.exit(f"{chain} failed")
+        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        note.write_text(json.dumps([time.perf_counter() - start, peak]), encoding="utf-8")
+    return json.loads(note.read_text(encoding="utf-8"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="a model directory, or a training run's")
+    parser.add_argument("--chains", nargs="+", default=CHAINS, help=f"default: {' '.join(CHAINS)}")
+    parser.add_argument("--text", help="score this file instead of the validation split")
+    parser.add_argument("--eval-tokens", default="0", help="so many of them (default: all)")
+    parser.add_argument("--calibration", help="for gptq and qat (default: what the model was trained on)")
+    parser.add_argument("--work", type=Path, help="default: out-bench beside the model")
+    parser.add_argument("--kernels", action="store_true", help="only the products, by shape")
+    args = parser.parse_args()
+    if args.kernels:
+        return bench_kernels()
+    if not args.model:
+        parser.error("give a model directory, or --kernels")
+    work = args.work or Path(args.model).resolve().parent / "out-bench"
+    work.mkdir(parents=True, exist_ok=True)
+    outs = {chain: work / chain.replace(":", "-").replace(" ", "+") for chain in args.chains}
+    costs = {chain: run_chain(args.model, chain, out, args.calibration) for chain, out in outs.items()}
+    text = ["--text", args.text] if args.text else []
+    subprocess.run([sys.executable, str(ROOT / "compress.py"), "--measure", args.model, *map(str, outs.values()), *text,
+                    "--eval-tokens", args.eval_tokens, "--out", str(work / "report"), "--overwrite"], check=True)
+    rows = [json.loads(line) for line in (work / "report" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    base = rows[0]
+    print("\n| chain | seconds | peak, MB | file | bits per byte | perplexity |\n|---|---:|---:|---:|---:|---:|")
+    for row, (chain, (seconds, peak)) in zip(rows[1:], costs.items()):
+        print(f"| {chain} | {seconds:,.0f} | {peak / 1e6:,.0f} | {row['file_bytes'] / base['file_bytes']:.4f} x | "
+              f"{row['bits_per_byte'] - base['bits_per_byte']:+.5f} "
+              f"({row['bits_per_byte'] / base['bits_per_byte'] - 1:+.3%}) | "
+              f"{row['perplexity'] / base['perplexity'] - 1:+.3%} |")
+
+
+if __name__ == "__main__":
+    main()
