@@ -391,23 +391,29 @@ class Cache:
         return Taught(*batch, *(torch.from_numpy(a[:, :, :most + 1].copy()) for a in (ids, weights)))
 
 
+def label_seconds(teacher, windows, machine, vocab_size):
+    """What a position costs to be labelled, measured on 16 windows."""
+    probe, start = next(narrowed(windows, 16, 2).evaluation_batches(16)), time.perf_counter()
+    for probs in teacher_probs(teacher, probe, machine, vocab_size):
+        systematic(probs, draws_that_fit(probs))
+    return (time.perf_counter() - start) / probe.ids.numel()
+
+
 def open_cache(cfg, teacher, its_hash, windows, tokenizer, machine, timed):
     """(the Cache of this run, the windows it is for): the one that is there, if it is of this teacher and text, or a
     new one. Without --pool it is as large as lets the run read it --passes times in its time."""
     directory, size = Path(cfg.cache_dir or Path(cfg.out) / "cache"), cfg.batch_size * cfg.context
     there = read_json(directory / "header.json") if (directory / "header.json").is_file() else {}
     if not cfg.pool and not there:
-        probe, start = next(narrowed(windows, 16, 2).evaluation_batches(16)), time.perf_counter()
-        systematic(torch.cat(list(teacher_probs(teacher, probe, machine, tokenizer.vocab_size))), 32)
-        a_token = (time.perf_counter() - start) / probe.ids.numel() / cfg.passes
-        cfg.pool = int((cfg.steps * size or 60 * cfg.minutes / (timed() / size + a_token)) / cfg.passes)
+        a_token = label_seconds(teacher, windows, machine, tokenizer.vocab_size)
+        reads = cfg.steps * size or 60 * cfg.minutes / (timed() / size + a_token / cfg.passes)
+        cfg.pool = int(train.all_sum(machine, torch.tensor(float(reads))) / machine.size / cfg.passes)
     pool = narrowed(windows, there.get("windows") or cfg.pool // cfg.context, there.get("seed", cfg.seed))
     wanted = dict(format=1, teacher=its_hash, tokenizer=tokenizer.hash[:16], data=windows.meta["sha256"],
                   context=cfg.context, windows=pool.per_epoch, labels=cfg.cache_labels)
     if not there and machine.rank == 0:
         make_cache(directory, teacher, pool, {**wanted, "seed": cfg.seed}, cfg, machine, tokenizer.vocab_size)
-    if machine.size > 1:
-        torch.distributed.barrier()
+    train.all_sum(machine, torch.zeros(()))                                  # the other processes wait for it
     cache = Cache(directory, wanted)
     train.say(machine, "cache: {tokens:,} tokens, on average {draws} draws and {bytes_per_token} bytes each; the "
               "teacher took {seconds:.0f} s".format(**cache.header))
@@ -534,7 +540,7 @@ def write_samples(cfg, teacher, its_tokenizer, windows, tokenizer):
     bar.close()
     out.mkdir(parents=True, exist_ok=True)
     (out / "samples.jsonl").write_text("".join(texts), encoding="utf-8")
-    return prepare(inputs=[out / "samples.jsonl"], out=out / "samples", tokenizer=tokenizer, overwrite=True)
+    prepare(inputs=[out / "samples.jsonl"], out=out / "samples", tokenizer=tokenizer, overwrite=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -706,8 +712,10 @@ def main(argv=None):
     seconds = lambda *what: step_seconds(student, *what, cfg, machine, tokenizer)
     cached = 0.0
     if cfg.from_samples:
-        samples = out / "samples" if cfg.resume else write_samples(cfg, teacher, its_tokenizer, windows, tokenizer)
-        windows, loss_fn = Windows(samples, "train", cfg.context), train.cross_entropy
+        if machine.rank == 0 and not cfg.resume:
+            write_samples(cfg, teacher, its_tokenizer, windows, tokenizer)
+        train.all_sum(machine, torch.zeros(()))                              # the others wait for it
+        windows, loss_fn = Windows(out / "samples", "train", cfg.context), train.cross_entropy
     else:
         loss_fn = Exits(exits, tokenizer.vocab_size, cfg) if exits else \
             Distillation(teacher, student, layers, tokenizer.vocab_size, cfg)
@@ -724,11 +732,15 @@ def main(argv=None):
     if cfg.on_policy:
         batches = lambda first, count: on_policy_rows(text(first, count), first, student, tokenizer, cfg, machine)
     if cfg.control and not cfg.control_steps:
-        # Both numbers of steps are set now, from step times measured in turns: both schedules end decayed.
-        slow, fast = np.mean([(seconds(batches, loss_fn), seconds(plain, train.cross_entropy)) for _ in "12"], axis=0)
+        # Both numbers of steps are set now, from times measured in turns: both schedules end decayed, and a slow moment
+        # of the machine favours none. The cache counts, wherever it was made.
+        labels = lambda: label_seconds(teacher, pool, machine, tokenizer.vocab_size) if cfg.cache else 0.0
+        turns = torch.tensor([(seconds(batches, loss_fn), seconds(plain, train.cross_entropy), labels()) for _ in "12"])
+        slow, fast, label = (train.all_sum(machine, turns).mean(0) / machine.size).tolist()
         cfg.steps = cfg.steps or (train.read_state(out)["total"] if cfg.resume else 0) or \
             train.plan(slow, common["eval_cost"], cfg, machine)
-        cfg.control_steps = max(1, round((cfg.steps * slow + cached) / fast))
+        making = label * pool.per_epoch * cfg.context if cfg.cache else 0.0
+        cfg.control_steps = max(1, round((cfg.steps * slow + making) / fast))
         entry["step_ms"] = [round(1000 * slow, 1), round(1000 * fast, 1)]
         train.say(machine, f"{cfg.steps:,} steps of {1000 * slow:.0f} ms; as long, the cache included, takes the "
                   f"control: {cfg.control_steps:,} of {1000 * fast:.0f} ms")
