@@ -25,7 +25,7 @@ A step is written name[:value][:method]:
 text it was trained beside (or --data, --text), memory, and speed with turns taken between them (see sample.measure).
 
 Biases, norms and learned positions stay float. All other steps write a model directory that sample.py reads. On a CPU
-quantized layers multiply in C, compiled once (model.py, KERNELS): generation is faster than dense. Without a C compiler,
+quantized layers multiply in C, compiled once (model.py, KERNELS): generation is faster than dense. Without a compiler,
 and on a GPU, each use dequantizes the weights, and it is slower; --measure and sample.py say which it was.
 """
 import contextlib, copy, dataclasses, difflib, errno, hashlib, json, math, os, platform, shlex, shutil, sys, types
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import sample, train
+import distill, sample, train
 from data import Parser, UserError, run, sync
 from data.loader import IGNORE, Batch, Windows
 from data.prepare import find
@@ -435,58 +435,22 @@ class Rounded(torch.autograd.Function):
         return grad, None
 
 
-class LinearDistillation(torch.autograd.Function):
-    """Sum over rows of (1 - hard) * KL(p || q) + hard * -log q[target], p = softmax(y @ teacher.T), q = softmax(x @
-    weight.T), that never holds all the logits: rows are taken in chunks, and each chunk's gradient is made at once.
-
-    x (N, C), weight (V, C), y (N, C'), teacher (V, C'), targets (N,) with IGNORE where nothing is learned.
-    """
-    @staticmethod
-    def forward(ctx, x, weight, y, teacher, targets, hard):
-        loss, weight_t = torch.zeros((), device=x.device), weight.to(x.dtype)
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        rows = max(1, (2 ** 21 if x.device.type == "cpu" else 2 ** 26) // len(weight))
-        for i in range(0, len(x), rows):
-            h, t = x[i:i + rows], targets[i:i + rows, None]
-            keep, t = (t != IGNORE).float(), t.clamp(min=0)
-            log_q = (h @ weight_t.T).float().log_softmax(1)                                          # (rows, V)
-            log_p = (y[i:i + rows] @ teacher.to(y.dtype).T).float().log_softmax(1)
-            p, q = log_p.exp(), log_q.exp()
-            kl = (p * (log_p - log_q)).sum(1, keepdim=True)
-            loss += (keep * ((1 - hard) * kl - hard * log_q.gather(1, t))).sum()
-            # d loss / d logits = q less the target, which is a mixture of the teacher's and the text's
-            grad = q.sub_(p, alpha=1 - hard).scatter_add_(1, t, torch.full_like(keep, -hard)).mul_(keep).to(x.dtype)
-            grad_x[i:i + rows] = grad @ weight_t
-            grad_weight += grad.T @ h
-        ctx.save_for_backward(grad_x, grad_weight)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), grad_weight * grad, None, None, None, None
-
-
 def rounded_weights(model, entries):
     """{name: weight as it will be rounded}, for torch.func.functional_call; gradients reach the dense weights."""
     return {f"{e['module']}.weight": Rounded.apply(model.get_parameter(f"{e['module']}.weight"), e) for e in entries}
 
 
-def qat_loss(teacher, entries):
-    """The loss for train.fit of a dense model that is to be rounded as `entries` say, in nats: half how far the rounded
-    model's distributions are from the dense teacher's, half cross-entropy with the text. On a model of the standard
-    library either alone was worse after equal steps: 1.2499 and 1.2487 bits per byte, and together 1.2461.
+def qat_loss(teacher, entries, cfg, vocab_size):
+    """The loss for train.fit of a dense model that is to be rounded as `entries` say: distill.py's, of the rounded one.
+
+    Half is how far its distributions are from the dense teacher's, half cross-entropy with the text. On a model of the
+    standard library either alone was worse after equal steps: 1.2499 and 1.2487 bits per byte, and together 1.2461.
     """
+    taught = distill.Distillation(teacher, teacher, (), vocab_size, cfg)
+
     def loss_fn(model, batch):
-        with torch.no_grad():
-            y = teacher(batch.ids, segments=batch.segments, head=False).flatten(0, 1)                    # (N, C)
-        weights = rounded_weights(model, entries)
-        x = torch.func.functional_call(model, weights, (batch.ids,), dict(segments=batch.segments, head=False))
-        tied = model.config.tie_word_embeddings
-        head = weights.get("model.embed_tokens.weight" if tied else "lm_head.weight", model.lm_head.weight)
-        targets = batch.targets.flatten()
-        loss = LinearDistillation.apply(x.flatten(0, 1), head, y, teacher.lm_head.weight, targets, 0.5)
-        return loss, (targets != IGNORE).sum(), {}
+        weights = {f"model.{name}": weight for name, weight in rounded_weights(model, entries).items()}
+        return torch.func.functional_call(train.ModelAndLoss(model, taught), weights, (batch,))
     return loss_fn
 
 
@@ -512,10 +476,10 @@ def quantization_aware_training(model, tokenizer, entries, said, args):
     if run_dir.exists() and not (args.resume or args.overwrite):
         raise UserError(f"{run_dir} holds a run that was not finished: go on with --resume, or begin anew with "
                         "--overwrite")
-    cfg = train.TrainConfig(**{**train.FINE_TUNE, **dict.fromkeys(("lr", "embed_lr", "matrix_lr"), args.lr)},
-                            out=str(run_dir), resume=args.resume and any(run_dir.glob("last*/config.json")),
-                            steps=args.qat_steps, batch_size=8, context=context, seed=args.seed, evals=2,
-                            eval_tokens=2048 if args.smoke else 131072)
+    cfg = distill.DistillConfig(**{**train.FINE_TUNE, **dict.fromkeys(("lr", "embed_lr", "matrix_lr"), args.lr)},
+                                out=str(run_dir), resume=args.resume and any(run_dir.glob("last*/config.json")),
+                                steps=args.qat_steps, batch_size=8, context=context, seed=args.seed, evals=2,
+                                eval_tokens=2048 if args.smoke else 131072, hard_weight=0.5)
     windows, val = (Windows(source, split, context) for split in ("train", "val"))
     said = {**said, "data": windows.meta["name"], "data_sha256": windows.meta["sha256"], "seed": args.seed,
             "context": context, "batch_size": cfg.batch_size, "lr": args.lr, "total": args.qat_steps}
@@ -546,8 +510,9 @@ def quantization_aware_training(model, tokenizer, entries, said, args):
         before = {name: score(m)["bits_per_byte"] if m is teacher else evaluate(m)["bits_per_byte"]
                   for name, m in (("dense", teacher), ("rounded", student))}
         print("validation, bits per byte: {dense:.4f} dense, {rounded:.4f} rounded without training".format(**before))
-    train.fit(student, lambda first, count: windows.training_rows(cfg.seed, first, count), qat_loss(teacher, entries),
-              cfg, machine, evaluate=evaluate, tokenizer=tokenizer, entry=said)
+    train.fit(student, lambda first, count: windows.training_rows(cfg.seed, first, count),
+              qat_loss(teacher, entries, cfg, tokenizer.vocab_size), cfg, machine, evaluate=evaluate,
+              tokenizer=tokenizer, entry=said)
     trained = load(run_dir / "best")
     for p in trained.parameters():
         p.data = p.data.clone()                                  # the file is about to be removed

@@ -57,6 +57,8 @@ def proof(name, data, teacher, args, work):
                              ("quality kept", "quality_kept", "{:.1%}"), ("same top token", "agreement", "{:.1%}"),
                              ("decode, x teacher's", "decode_x", "{:.2f}"), ("prefill, x teacher's", "prefill_x", "{:.2f}")):
         print(f"| {label} | {form.format(first['teacher'][key])} | {spread(of('student', key), form)} | {spread(of('control', key), form)} |")
+    steps = [[load(r).history[-1]["steps"] for r in (run, run / "control")] for run in runs]
+    print("| steps | | " + " | ".join(spread(counts, "{:.0f}") for counts in zip(*steps)) + " |")
     print(f"| seconds | | {spread(of('student', 'seconds'), '{:.0f}')} | {spread(of('control', 'seconds'), '{:.0f}')} |")
     print(f"\nparameters, share of the teacher's: {first['student']['parameters'] / first['teacher']['parameters']:.1%}")
     print(f"control minus student, bits per byte: {spread(won)}: the teacher was " +

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import compress, train
+import compress, distill, train
 from data import UserError
 from data.loader import Batch, Windows
 from data.prepare import prepare
@@ -277,22 +277,25 @@ def test_rounding_lets_the_gradient_through():
         assert torch.equal(torch.autograd.grad(rounded_, weight, g)[0], g)
 
 
-@pytest.mark.parametrize("hard", [0.0, 0.5, 1.0])
-def test_distillation_is_the_divergence_and_cross_entropy(hard):
-    g = torch.Generator().manual_seed(0)
-    x, weight, y, teacher = (torch.randn(*shape, generator=g, dtype=torch.double).requires_grad_()
-                             for shape in ((10, 4), (7, 4), (10, 6), (7, 6)))
-    targets = torch.arange(10) % 7
-    targets[3] = -100
-    log_q = (x @ weight.T).log_softmax(1)
-    kl = F.kl_div(log_q, (y @ teacher.T).log_softmax(1), reduction="none", log_target=True).sum(1)[targets >= 0].sum()
-    want = (1 - hard) * kl + hard * F.nll_loss(log_q, targets, reduction="sum")
-    ours = compress.LinearDistillation.apply(x.float(), weight.float(), y.detach().float(), teacher.detach().float(), targets, hard)
-    assert ours.item() == pytest.approx(want.item(), rel=1e-5)
-    for a, b in zip(torch.autograd.grad(ours, (x, weight)), torch.autograd.grad(want, (x, weight))):
-        assert torch.allclose(a, b, atol=1e-5)
-    same = y.detach()
-    assert compress.LinearDistillation.apply(same, teacher, same, teacher.detach(), targets, 0.0) == 0
+@pytest.mark.parametrize("name", ["dense", "tied"])
+def test_qat_loss_is_that_of_the_rounded_model_and_its_gradient_reaches_the_dense_one(root, name):
+    teacher, model = load(root / name), load(root / name).train()
+    entries = compress.plan(model, 4, 32, 4)
+    rounded_, ids = copy.deepcopy(model).eval(), torch.arange(64).view(2, 32) * 7 % 250
+    compress.round_to_nearest(rounded_, entries)
+    rounded_ = compress.dequantize(rounded_)
+    batch = Batch(ids, torch.cat((ids[:, 1:], torch.full((2, 1), -100)), dim=1), None)
+    cfg = distill.DistillConfig(hard_weight=0.5)
+    loss, count, _ = compress.qat_loss(teacher, entries, cfg, 259)(model, batch)
+    log_q, log_p = (m(ids)[:, :-1].flatten(0, 1).double().log_softmax(-1) for m in (rounded_, teacher))
+    kl = F.kl_div(log_q[:, :259].log_softmax(-1), log_p[:, :259].log_softmax(-1), reduction="sum", log_target=True)
+    want = 0.5 * kl + 0.5 * F.nll_loss(log_q, ids[:, 1:].flatten(), reduction="sum")
+    assert count == 62 and loss.item() == pytest.approx(want.item(), rel=1e-5)
+    loss.backward()
+    want.backward()
+    assert len(entries) == sum(p.ndim > 1 for p in model.parameters())
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), rounded_.named_parameters()):
+        assert ours.grad is not None and torch.allclose(ours.grad, theirs.grad, atol=1e-4), name
 
 
 @pytest.mark.parametrize("name, step", [("dense", "int4:qat"), ("tied", "int4:qat"), ("dense", "int8:qat")])
