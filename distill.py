@@ -57,7 +57,7 @@ class DistillConfig(train.TrainConfig):
     cache: bool = False             # run the teacher once, keep sampled labels, learn from those
     cache_dir: str = ""             # where they are kept or found; "": OUT/cache
     cache_labels: str = "sampled"   # sampled (unbiased) or topk (biased, for comparison)
-    passes: float = 3.0             # how often a run reads each cached token, unless --pool says how many there are
+    passes: float = 2.0             # how often a run reads each cached token, unless --pool says how many there are
     pool: int = 0                   # learn from this many training tokens only; 0: all, with --cache by --passes
     from_samples: int = 0           # let the teacher write this many tokens, and train a fresh student on that text
     exits: str = ""                 # instead of a student: teach these early exits of the model, in layers: 1,2
@@ -551,7 +551,7 @@ def step_seconds(model, batches, loss_fn, cfg, machine, tokenizer):
     Model and loss are then what they were before."""
     kept = [copy.deepcopy(m.state_dict()) for m in (model, loss_fn) if isinstance(m, nn.Module)]
     history, stamps, share = model.history, [], cfg.batch_size // machine.size
-    quick = dataclasses.replace(cfg, steps=10, evals=1, resume=False, compile=False, wandb="", batch_size=share)
+    quick = dataclasses.replace(cfg, steps=14, evals=1, resume=False, compile=False, wandb="", batch_size=share)
     train.fit(model, lambda *rows: stamps.append(time.perf_counter()) or batches(*rows), loss_fn, quick,
               machine._replace(rank=1, size=1), tokenizer=tokenizer, entry={}, evaluate=lambda m: dict.fromkeys(
                   ("loss", "perplexity", "bits_per_byte"), 0.0))
@@ -590,7 +590,7 @@ def report(cfg, machine, models, val, tokenizer, cached):
                                     "|---" * (len(COLUMNS) + 1) + "|"]
     if "control" in rows:
         control = rows["control"]["bits_per_byte"]
-        if control > base:
+        if control > 1.01 * base:                     # of less there is nothing to close
             ours["gap_closed"] = (control - ours["bits_per_byte"]) / (control - base)
     lines += ["| " + " | ".join([name, *(form.format(row[key]) if key in row else "" for _, key, form in COLUMNS)])
               + " |" for name, row in rows.items()]
@@ -732,15 +732,13 @@ def main(argv=None):
     if cfg.on_policy:
         batches = lambda first, count: on_policy_rows(text(first, count), first, student, tokenizer, cfg, machine)
     if cfg.control and not cfg.control_steps:
-        # Both numbers of steps are set now, from times measured in turns: both schedules end decayed, and a slow moment
-        # of the machine favours none. The cache counts, wherever it was made.
-        labels = lambda: label_seconds(teacher, pool, machine, tokenizer.vocab_size) if cfg.cache else 0.0
-        turns = torch.tensor([(seconds(batches, loss_fn), seconds(plain, train.cross_entropy), labels()) for _ in "12"])
-        slow, fast, label = (train.all_sum(machine, turns).mean(0) / machine.size).tolist()
+        # Both numbers of steps are set now, from step times measured in turns: both schedules end decayed, and a slow
+        # moment of the machine favours none.
+        turns = torch.tensor([(seconds(batches, loss_fn), seconds(plain, train.cross_entropy)) for _ in range(3)])
+        slow, fast = (train.all_sum(machine, turns).mean(0) / machine.size).tolist()
         cfg.steps = cfg.steps or (train.read_state(out)["total"] if cfg.resume else 0) or \
             train.plan(slow, common["eval_cost"], cfg, machine)
-        making = label * pool.per_epoch * cfg.context if cfg.cache else 0.0
-        cfg.control_steps = max(1, round((cfg.steps * slow + making) / fast))
+        cfg.control_steps = max(1, round((cfg.steps * slow + cached) / fast))
         entry["step_ms"] = [round(1000 * slow, 1), round(1000 * fast, 1)]
         train.say(machine, f"{cfg.steps:,} steps of {1000 * slow:.0f} ms; as long, the cache included, takes the "
                   f"control: {cfg.control_steps:,} of {1000 * fast:.0f} ms")

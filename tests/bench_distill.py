@@ -63,7 +63,7 @@ def proof(name, data, teacher, args, work):
     print(f"\nparameters, share of the teacher's: {first['student']['parameters'] / first['teacher']['parameters']:.1%}")
     print(f"control minus student, bits per byte: {spread(won)}: the teacher was " +
           ("worth its cost for every seed" if min(won) > 0 else "not worth its cost" if max(won) <= 0 else "worth its cost for some seeds"))
-    if min(of("control", "bits_per_byte")) > first["teacher"]["bits_per_byte"]:
+    if all("gap_closed" in r["student"] for r in reports):
         print(f"gap closed: {spread(of('student', 'gap_closed'), '{:.0%}')}")
     print(f"cache: {spread([h['bytes_per_token'] for h in headers], '{:.1f}')} bytes a token, {headers[0]['draws']} draws; made in "
           f"{spread([h['seconds'] for h in headers], '{:.0f}')} s")

@@ -12,7 +12,8 @@ import compress
 import sample
 from data import UserError
 from data.tokenizer import Tokenizer
-from model import KERNELS, LAYERS, Config, Int4Linear, Int8Linear, QuantEmbedding, Transformer, kernels, load, save
+from model import (KERNELS, LAYERS, Config, Int4Linear, Int8Linear, QuantEmbedding, RMSNorm, Transformer, declare, kernels,
+                   load, save)
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = [("int8", {}), ("int4", {"group": 32}), ("int4", {"group": 64}), ("int4", {"group": 128})]
@@ -139,10 +140,30 @@ def compiled(compiler, flags):
     source = Path(tempfile.mkdtemp()) / "kernels.c"
     source.write_text(KERNELS, encoding="utf-8")
     library = source.with_suffix(".so")
-    subprocess.run([compiler, "-O2", "-fPIC", "-shared", *flags, str(source), "-o", str(library)], check=True)
-    library = ctypes.CDLL(str(library))
-    library.linear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    return library
+    subprocess.run([compiler, "-O2", "-fPIC", "-shared", *flags, str(source), "-o", str(library), "-lm"],
+                   check=True)
+    return declare(ctypes.CDLL(str(library)))
+
+
+@pytest.mark.parametrize("flags", [("-march=native", "-fopenmp"), ()], ids=["native", "portable"])
+def test_rms_norm_against_float64(flags):
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    library, g = compiled(compiler, flags), torch.Generator().manual_seed(5)
+    for rows, size in ((1, 16), (3, 80), (7, 33), (300, 576)):
+        x, weight = torch.randn(rows, size, generator=g) * 30, torch.randn(size, generator=g)
+        y = torch.empty_like(x)
+        library.rms_norm(x.data_ptr(), weight.data_ptr(), 1e-5, rows, size, y.data_ptr())
+        assert torch.allclose(y.double(), F.rms_norm(x.double(), (size,), weight.double(), 1e-5), rtol=1e-5, atol=1e-6)
+
+
+def test_the_norm_of_a_model_being_trained_has_gradients():
+    norm, x = RMSNorm(16, 1e-6), torch.randn(2, 16)
+    norm(x).sum().backward()
+    assert norm.weight.grad is not None
+    with torch.no_grad():
+        assert torch.allclose(norm(x), F.rms_norm(x, (16,), norm.weight, 1e-6), atol=1e-6)
 
 
 def test_kernels_do_not_depend_on_threads_and_pass_on_nan():
