@@ -327,7 +327,7 @@ def make_cache(directory, teacher, windows, header, cfg, machine, vocab_size):
     """Runs the teacher once over all windows and writes its labels: T lengths a window (uint8; 0: nothing is learned),
     an id (uint16, from 65,537 ids on uint32) and a count (uint8) a label, and where a window's labels begin (int64)."""
     start, random, T = time.perf_counter(), torch.Generator().manual_seed(cfg.seed), windows.context
-    rows, id_type, offsets, tokens = max(1, 4096 // T), "uint16" if vocab_size <= 2 ** 16 else "uint32", [0], 0
+    rows, id_type, offsets, tokens = max(1, 2048 // T), "uint16" if vocab_size <= 2 ** 16 else "uint32", [0], 0
     draws = []
 
     def label(probs):
@@ -634,6 +634,8 @@ def settings(argv):
     """(config, names of the flags that were given): checked, and of a run that is resumed its own."""
     cfg, given = train.parse(DistillConfig, __doc__, argv, positional=("teacher",),
                              hidden=(*train.SHAPE, "init_from", "vocab_size", "control_steps"))
+    if cfg.exits:                                     # all its weights go on from where they are: small steps
+        cfg = dataclasses.replace(cfg, **{k: v for k, v in train.FINE_TUNE.items() if k not in given})
     out, held = Path(cfg.out), train.check_out(cfg)
     if cfg.resume and held:
         stored = train.read_state(out)["config"]

@@ -127,12 +127,14 @@ def test_divergences_are_never_negative_and_zero_only_for_equals(kind, beta):
 
 @pytest.mark.parametrize("kind, beta", KINDS)
 def test_loss_and_gradient_are_zero_where_the_student_is_the_teacher(kind, beta):
-    student = tiny(0)
-    loss_fn = loss_of(tiny(0), student, loss=kind, beta=beta, hard_weight=0.0, hidden="mse", attention_weight=1.0)
-    loss, count, _ = loss_fn(student, ids_of())
-    loss.backward()
-    assert count == 48 and loss.item() < 1e-5
-    assert max(p.grad.abs().max() for p in student.parameters() if p.grad is not None) < 1e-5
+    student, sizes = tiny(0), []
+    for teacher in (tiny(1), tiny(0)):                                        # one that is another, for the scale; and itself
+        loss_fn = loss_of(teacher, student, loss=kind, beta=beta, hard_weight=0.0, hidden="mse", attention_weight=1.0)
+        loss, count, _ = loss_fn(student, ids_of())
+        grads = torch.autograd.grad(loss, [p for p in student.parameters()], allow_unused=True)
+        sizes.append((loss.item(), max(g.abs().max().item() for g in grads if g is not None)))
+    (other, its), (loss, grad) = sizes                # not quite 0: norms without a gradient take another kernel, in C
+    assert count == 48 and loss < 1e-6 * other and grad < 1e-4 * its, sizes
 
 
 @pytest.mark.parametrize("vocab", [64, 90_000])                               # 90,000: several chunks
