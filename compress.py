@@ -28,8 +28,8 @@ Biases, norms and learned positions stay float. All other steps write a model di
 quantized layers multiply in C, compiled once (model.py, KERNELS): generation is faster than dense. Without a compiler,
 and on a GPU, each use dequantizes the weights, and it is slower; --measure and sample.py say which it was.
 """
-import contextlib, copy, dataclasses, difflib, errno, hashlib, json, math, os, platform, shlex, shutil, sys, types
-import typing
+import contextlib, copy, dataclasses, difflib, errno, hashlib, json, math, os, platform, shlex, shutil, sys
+import tempfile, types, typing
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,8 @@ def parse_chain(texts):
     steps = [parse(text) for text in texts]
     if any(step.name == "gguf" for step in steps[:-1]):
         raise UserError("gguf must be the last step: it writes a file for other programs, not a model directory")
+    if sum(step.method == "qat" for step in steps) > 1:
+        raise UserError("a chain trains once: put qat in one of its steps, and give the result to another command")
     quantized = None
     for step in steps:
         if step.name in LAYERS and quantized:
@@ -544,7 +546,7 @@ def dequantize(model):
         for entry in model.compression:
             if not issubclass(LAYERS[entry["kind"]], QuantLinear):
                 dense.replace(entry)
-    dense.history, weights = model.history, {}
+    dense.history, dense.exits, weights = model.history, model.exits, {}
     for name, t in model.state_dict().items():
         module, _, suffix = name.rpartition(".")
         layer = model.get_submodule(module)
@@ -965,7 +967,7 @@ def scored_text(args, tokenizers, history, context):
             raise UserError(f"--data {directory.name} was prepared with another tokenizer than the first model's: "
                             f"prepare it with data/prepare.py --tokenizer {args.measure[0]}, or give --text FILE")
         if not others:
-            part = f", {limit:,} tokens spread over it" if limit and limit < len(split.tokens) else ""
+            part = f", about {limit:,} tokens spread over it" if limit and limit < len(split.tokens) else ""
             batches = list(split.evaluation_batches(max(1, 8192 // context), limit))
             return f"{protocol}, {windows}{part}", dict.fromkeys(tokenizers, batches)
         if split.mask is not None:
@@ -989,6 +991,7 @@ def check_report(args):
                         "directory: give another name")
     if (out / "results.jsonl").exists() and not args.overwrite:
         raise UserError(f"--out {out} holds a report already: give another name or --overwrite")
+    check_writable(out)
 
 
 def measure_command(args, command):
@@ -1164,6 +1167,9 @@ def arguments(argv):
         if args.model or args.head_bits:
             raise UserError("--measure compares finished models and takes no steps: first compress.py MODEL STEP ... "
                             "--out DIR, then compress.py --measure MODEL DIR")
+        for name in ("asymmetric", "calibration", "calibration_windows", "qat_steps", "lr", "resume", "seed"):
+            if getattr(args, name) != parser.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')} belongs to a step, and --measure takes none")
         if args.data and args.text:
             raise UserError("--data and --text are two things to score: give one of them")
         for name, least in (("eval_tokens", 0), ("prompt_tokens", 0), ("new_tokens", 0), ("rounds", 1), ("threads", 0)):
@@ -1193,10 +1199,19 @@ def check_out(out, source, is_file, overwrite):
         if out.resolve() == source.resolve():
             raise UserError(f"--out {out} is the model that is read: give another directory")
         refuse_foreign(out)
-        if not any(out.iterdir()):
-            return
-    if out.exists() and not overwrite:
+    if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} is there already: give another name or --overwrite")
+    check_writable(out)
+
+
+def check_writable(out):
+    """Raises UserError if nothing can be written beside `out`: before the work, not after it."""
+    parent = next(p for p in out.absolute().parents if p.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {parent}: {error.strerror}") from None
 
 
 def check_flags(args, steps):
@@ -1216,7 +1231,8 @@ def check_flags(args, steps):
     for name, least in (("calibration_windows", 1), ("qat_steps", 1), ("lr", 0), ("seed", 0)):
         if not least <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
-    if args.asymmetric and steps[-1].name == "gguf" and steps[-1].value in GGUF_STORED.values():
+    kept = steps[-1].name == "gguf" and "dequantize" not in names
+    if args.asymmetric and kept and steps[-1].value in GGUF_STORED.values():
         raise UserError(f"gguf:{steps[-1].value} has no offsets: leave out --asymmetric, or put dequantize before gguf "
                         "and write gguf:f16")
 
@@ -1226,7 +1242,8 @@ def main(argv=None):
     if args.measure:
         return measure_command(args, "python compress.py " + shlex.join(sys.argv[1:] if argv is None else argv))
     steps = parse_chain(args.steps)                             # all that can be refused is refused before any work
-    out, directory, to_file = Path(args.out), whole(args.model), steps[-1].name == "gguf"
+    out = Path(args.out) if Path(args.out).name else Path(args.out).resolve()      # "." has no name to write beside
+    args.out, directory, to_file = str(out), whole(args.model), steps[-1].name == "gguf"
     if to_file:
         import_gguf()
     check_out(out, directory, to_file, args.overwrite)

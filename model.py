@@ -199,15 +199,16 @@ class QuantLinear(nn.Module):
         return dequantized(self.unpack(self.q[ids]), self.scales[ids], offsets)
 
     def forward(self, x):
-        if not x.requires_grad and in_c(x):
+        if not x.requires_grad and in_c(x, self.bias):
             return self.multiply(kernels()[0], x)
         return F.linear(x, self.dense().to(x.dtype), self.bias)
 
     def multiply(self, library, x):
         """x (..., in) float32 @ weight^T + bias by KERNELS: (..., out)."""
-        if self.layer[0] != self.q.data_ptr():
-            optional = [0 if t is None else t.data_ptr() for t in (self.offsets, self.bias)]
-            self.layer[:] = [self.q.data_ptr(), self.scales.data_ptr(), *optional, self.out_features, self.in_features,
+        q, bias = self.q.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
+        if self.layer[0] != q or self.layer[3] != bias:
+            offsets = 0 if self.offsets is None else self.offsets.data_ptr()
+            self.layer[:] = [q, self.scales.data_ptr(), offsets, bias, self.out_features, self.in_features,
                              self.in_features // self.scales.shape[1], self.bits]
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
@@ -218,6 +219,7 @@ class QuantLinear(nn.Module):
     def _apply(self, fn, recurse=True):
         scales, offsets = self.scales, self.offsets
         super()._apply(fn, recurse)
+        self.layer[0] = 0                             # its pointers are old
         self.scales = scales.to(self.q.device)        # model.to(bfloat16) would round them
         self.offsets = None if offsets is None else offsets.to(self.q.device)
         return self
@@ -467,8 +469,13 @@ int linear(const layer *l, const float *x, int64_t m, float *y) {
         #pragma omp for
         for (int64_t r = 0; r < m; r++) quantize(x, l, a, r, l->bits == 4 && !panels);
         char *buffer = panels ? aligned_alloc(64, groups * 1152) : NULL;
-        panel p = {(int16_t *)buffer, (float *)(buffer + groups * 1024), (float *)(buffer + groups * 1088)};
-        if (panels && !buffer) failed = 1;
+        panel p = {0};
+        if (buffer) {
+            p = (panel){(int16_t *)buffer, (float *)(buffer + groups * 1024), (float *)(buffer + groups * 1088)};
+        } else if (panels) {
+            #pragma omp atomic write
+            failed = 1;
+        }
         #pragma omp for
         for (int64_t n = 0; n < l->n; n += 16) {
             int64_t r = 0, end = n + 16 < l->n ? n + 16 : l->n, c = n;
@@ -495,45 +502,63 @@ def kernels():
     The library is built once, in about a second, and kept in the user's cache directory: never in a model's, so that a
     stranger's model cannot bring machine code along. It is trusted only in a directory that nobody else can write.
     """
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
-    if os.name != "posix" or compiler is None:
-        return None, "weights dequantized at each use: there is no C compiler"
+    slow = "weights dequantized at each use: "
+    compilers = dict.fromkeys(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "cc", "gcc", "clang"))))
+    if os.name != "posix" or not compilers:
+        return None, slow + "there is no C compiler"
     cpu = [platform.machine(), platform.processor()]               # what -march=native depends on
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu += [line for line in lines if line.startswith(("flags", "Features"))][:1]
-    key = repr((KERNELS, cpu, compiler))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "small-language-models"
+    key = hashlib.sha256(repr((KERNELS, cpu)).encode()).hexdigest()[:16]
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "small-language-models"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         if cache.stat().st_uid != os.getuid() or cache.stat().st_mode & 0o022 or not os.access(cache, os.W_OK):
             raise PermissionError
         scratch = contextlib.nullcontext(cache)
-    except OSError:
+    except (OSError, RuntimeError):                                # RuntimeError: a user without a home
         scratch = tempfile.TemporaryDirectory()
     with scratch as directory:
-        file = Path(directory) / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-        if not file.exists():
-            print("compiling a few kernels for this CPU, once", file=sys.stderr)
-            with tempfile.TemporaryDirectory(dir=directory) as build:
-                source, built = Path(build) / "kernels.c", Path(build) / "kernels.so"
-                source.write_text(KERNELS, encoding="utf-8")
-                for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):       # not every compiler has all
-                    if subprocess.run([compiler, "-O3", "-fPIC", "-shared", *flags, source, "-o", built, "-lm"],
-                                      capture_output=True).returncode == 0:
-                        os.replace(built, file)
-                        break
-                else:
-                    return None, f"weights dequantized at each use: {compiler} could not compile the kernels"
-        library = ctypes.CDLL(str(file))
-    declare(library)
+        library = built_library(Path(directory), key) or build_library(Path(directory), key, compilers)
+    if library is None:
+        return None, slow + f"{next(iter(compilers))} could not build the kernels"
     weight = torch.arange(20 * 64, device="cpu").view(20, 64) % 15 - 7
     probe = Int4Linear.from_integers(weight.to(torch.int8), torch.ones(20, 2, dtype=torch.float16, device="cpu"))
     x = torch.arange(8 * 64, dtype=torch.float32, device="cpu").sin().view(8, 64)
     for rows in (x[:1], x):                           # an instruction set we could not test on must not go unnoticed
         if not (probe.multiply(library, rows) - rows @ probe.dense().T).abs().max() < 1:
-            return None, "weights dequantized at each use: the compiled kernels failed their check on this CPU"
+            return None, slow + "the compiled kernels failed their check on this CPU"
     return library, "compiled C, activations rounded to 8 bits in groups of 32"
+
+
+def built_library(directory, key):
+    """The library that build_library left in a directory, or None. Its name holds a hash of its bytes: what a full disk
+    or a power cut shortened is never loaded (that would end the process)."""
+    for file in directory.glob(f"kernels-{key}-*.so"):
+        with contextlib.suppress(OSError, AttributeError):
+            if hashlib.sha256(file.read_bytes()).hexdigest()[:16] == file.stem.rpartition("-")[2]:
+                return declare(ctypes.CDLL(str(file)))
+    return None
+
+
+def build_library(directory, key, compilers):
+    """KERNELS by the first of `compilers` that can, left in a directory for the next time; None: none can."""
+    print("compiling a few kernels for this CPU, once", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=directory) as build:
+        source, built = Path(build) / "kernels.c", Path(build) / "kernels.so"
+        source.write_text(KERNELS, encoding="utf-8")
+        for compiler in compilers:
+            for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):                # not all have all
+                with contextlib.suppress(OSError, AttributeError, subprocess.CalledProcessError):
+                    subprocess.run([compiler, "-O3", "-fPIC", "-shared", *flags, source, "-o", built, "-lm"],
+                                   check=True, capture_output=True)
+                    library = declare(ctypes.CDLL(str(built)))
+                    sync(built)
+                    digest = hashlib.sha256(built.read_bytes()).hexdigest()[:16]
+                    os.replace(built, directory / f"kernels-{key}-{digest}.so")
+                    return library
+    return None
 
 
 def declare(library):
@@ -544,10 +569,10 @@ def declare(library):
     return library
 
 
-def in_c(x):
-    """Whether KERNELS take x: float32, on a CPU, and there are any."""
-    return (x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-            and kernels()[0] is not None)
+def in_c(x, parameter):
+    """Whether KERNELS take x and a layer's parameter (or None): float32, on a CPU, and there are any."""
+    return (x.device.type == "cpu" and x.dtype == torch.float32 and (parameter is None or parameter.dtype == x.dtype)
+            and not torch.compiler.is_compiling() and kernels()[0] is not None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -561,7 +586,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if torch.is_grad_enabled() or not in_c(x):
+        if torch.is_grad_enabled() or not in_c(x, self.weight):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         x = x.contiguous()
         y = torch.empty_like(x)

@@ -204,7 +204,26 @@ def test_machine_code_is_not_taken_from_a_directory_others_can_write(monkeypatch
     built[0].write_bytes(b"not trusted")
     kernels.cache_clear()
     assert kernels()[0] is not None and built[0].read_bytes() == b"not trusted"      # built anew, elsewhere
+    cache.chmod(0o700)
     kernels.cache_clear()
+    assert kernels()[0] is not None and len(list(cache.glob("kernels-*.so"))) == 1   # cut short: built anew, in its place
+    assert built[0].read_bytes() != b"not trusted"
+    kernels.cache_clear()
+
+
+def test_kernels_read_only_float32_that_is_there():
+    layer, x = Int8Linear.from_dense(linear(bias=True)), torch.randn(3, 256)
+    with torch.no_grad():
+        before = layer(x)
+        layer.bias = nn.Parameter(layer.bias + 1)                            # another place in memory
+        assert torch.allclose(layer(x), before + 1, atol=1e-4)
+        layer.bfloat16().float()
+        assert torch.allclose(layer(x), before + 1, atol=0.1)
+        layer.bias.data = layer.bias.data.bfloat16()
+        with pytest.raises(RuntimeError):                                    # torch's words: they are of two types
+            layer(x)
+        norm = RMSNorm(256, 1e-6).bfloat16()
+        assert torch.allclose(norm(x), F.rms_norm(x, (256,), norm.weight, 1e-6))
 
 
 @pytest.mark.parametrize("kind, spec", SPECS)
