@@ -44,36 +44,41 @@ def spread(values, form="{:.4f}"):
 def proof(name, data, teacher, args, work):
     """A student and its control for each seed."""
     length = ("--steps", args.steps) if args.steps else ("--minutes", args.minutes)
-    runs = [command("distill.py", work / f"student-{seed}", teacher, "--data", data, "--cache", "--control", "--seed", seed, *length,
-                    *args.flags) for seed in range(args.seeds)]
+    runs = [command("distill.py", work / f"student-{seed}", teacher, "--data", data, "--cache", "--control", "--seed",
+                    seed, *length, *args.flags) for seed in range(args.seeds)]
     reports = [json.loads((run / "report.json").read_text(encoding="utf-8"))["models"] for run in runs]
     of = lambda model, key: [r[model][key] for r in reports]
     won = [c - s for s, c in zip(of("student", "bits_per_byte"), of("control", "bits_per_byte"))]
     step = [load(run).history[-1]["step_ms"] for run in runs]                     # measured in turns: student, control
     headers = [json.loads((run / "cache" / "header.json").read_text(encoding="utf-8")) for run in runs]
     first = reports[0]
-    print(f"\n### {name}: {args.seeds} seeds, mean (least ... most)\n\n| | teacher | student | control |\n|---|---|---|---|")
+    print(f"\n### {name}: {args.seeds} seeds, mean (least ... most)\n\n"
+          "| | teacher | student | control |\n|---|---|---|---|")
     for label, key, form in (("parameters", "parameters", "{:,.0f}"), ("bits per byte", "bits_per_byte", "{:.4f}"),
                              ("quality kept", "quality_kept", "{:.1%}"), ("same top token", "agreement", "{:.1%}"),
-                             ("decode, x teacher's", "decode_x", "{:.2f}"), ("prefill, x teacher's", "prefill_x", "{:.2f}")):
-        print(f"| {label} | {form.format(first['teacher'][key])} | {spread(of('student', key), form)} | {spread(of('control', key), form)} |")
+                             ("decode, x teacher's", "decode_x", "{:.2f}"),
+                             ("prefill, x teacher's", "prefill_x", "{:.2f}")):
+        print(f"| {label} | {form.format(first['teacher'][key])} | {spread(of('student', key), form)} | "
+              f"{spread(of('control', key), form)} |")
     steps = [[load(r).history[-1]["steps"] for r in (run, run / "control")] for run in runs]
     print("| steps | | " + " | ".join(spread(counts, "{:.0f}") for counts in zip(*steps)) + " |")
     print(f"| seconds | | {spread(of('student', 'seconds'), '{:.0f}')} | {spread(of('control', 'seconds'), '{:.0f}')} |")
     print(f"\nparameters, share of the teacher's: {first['student']['parameters'] / first['teacher']['parameters']:.1%}")
     print(f"control minus student, bits per byte: {spread(won)}: the teacher was " +
-          ("worth its cost for every seed" if min(won) > 0 else "not worth its cost" if max(won) <= 0 else "worth its cost for some seeds"))
+          ("worth its cost for every seed" if min(won) > 0 else "not worth its cost" if max(won) <= 0 else
+           "worth its cost for some seeds"))
     if all("gap_closed" in r["student"] for r in reports):
         print(f"gap closed: {spread(of('student', 'gap_closed'), '{:.0%}')}")
-    print(f"cache: {spread([h['bytes_per_token'] for h in headers], '{:.1f}')} bytes a token, {headers[0]['draws']} draws; made in "
-          f"{spread([h['seconds'] for h in headers], '{:.0f}')} s")
-    print(f"training speed with it, x plain: {spread([control / student for student, control in step], '{:.2f}')}\n", flush=True)
+    print(f"cache: {spread([h['bytes_per_token'] for h in headers], '{:.1f}')} bytes a token, {headers[0]['draws']} "
+          f"draws; made in {spread([h['seconds'] for h in headers], '{:.0f}')} s")
+    print(f"training speed with it, x plain: {spread([control / student for student, control in step], '{:.2f}')}\n",
+          flush=True)
 
 
 def fidelity(name, data, teacher, args, work):
     """Online, sampled and top-k at equal steps on equal text, without cross-entropy's help."""
-    common = (teacher, "--data", data, "--steps", args.fidelity_steps, "--pool", args.fidelity_steps * 1024 // 3, "--hard-weight", 0,
-              "--evals", 1, *args.flags)
+    common = (teacher, "--data", data, "--steps", args.fidelity_steps, "--pool", args.fidelity_steps * 1024 // 3,
+              "--hard-weight", 0, "--evals", 1, *args.flags)
     runs = {"online teacher": command("distill.py", work / "online", *common),
             "sampled cache": command("distill.py", work / "sampled", *common, "--cache"),
             "top-k cache": command("distill.py", work / "topk", *common, "--cache", "--cache-labels", "topk")}
@@ -88,7 +93,8 @@ def fidelity(name, data, teacher, args, work):
 
 def exits(name, data, teacher, args, work):
     """The first layer as a draft, before and after it was taught: guesses taken, and speed beside plain generation."""
-    run = command("distill.py", work / "exits", teacher, "--data", data, "--exits", 1, "--steps", args.fidelity_steps, "--evals", 1, *args.flags)
+    run = command("distill.py", work / "exits", teacher, "--data", data, "--exits", 1, "--steps", args.fidelity_steps,
+                  "--evals", 1, *args.flags)
     val = Windows(data, "val", 64)
     prompts = [b.ids for b in itertools.islice(val.evaluation_batches(1, 64 * 6), 6)]
     print(f"\n### {name}: layer 1 guesses 4 tokens, all layers check, temperature 0\n")
@@ -97,14 +103,15 @@ def exits(name, data, teacher, args, work):
         counts, ratios, equal = collections.Counter(), [], 0
         for ids in prompts:
             times, texts = [], []
-            for write in (sample.generate, functools.partial(sample.speculate, draft=sample.first_layers(model, 1), counts=counts)):
+            draft = sample.first_layers(model, 1)
+            for write in (sample.generate, functools.partial(sample.speculate, draft=draft, counts=counts)):
                 start = time.perf_counter()
                 texts.append([int(i) for i in write(model, ids=ids, max_new_tokens=96, temperature=0)])
                 times.append(time.perf_counter() - start)
             ratios.append(times[0] / times[1])
             equal += texts[0] == texts[1]
-        print(f"| {label} | {counts['taken'] / counts['guessed']:.0%} | {statistics.median(ratios):.2f} | {equal} of {len(prompts)} texts | "
-              f"{bits(its):.4f} |", flush=True)
+        print(f"| {label} | {counts['taken'] / counts['guessed']:.0%} | {statistics.median(ratios):.2f} | "
+              f"{equal} of {len(prompts)} texts | {bits(its):.4f} |", flush=True)
 
 
 def main():
@@ -124,7 +131,8 @@ def main():
     for i, corpus in enumerate(args.corpora):
         work = Path(args.work).resolve() / Path(corpus).stem
         if Path(corpus).is_file():
-            data = work / "data" if (work / "data" / "meta.json").exists() else prepare(inputs=[corpus], out=work / "data")
+            there = (work / "data" / "meta.json").exists()
+            data = work / "data" if there else prepare(inputs=[corpus], out=work / "data")
         else:
             data = find(corpus) or prepare(corpus)
         flags = ("--data", data, "--layers", 6)
@@ -137,8 +145,8 @@ def main():
             continue
         state = train.read_state(teacher)
         twice = command("train.py", work / "teacher-twice", *flags, "--steps", 2 * state["total"])
-        print(f"\n{corpus}: the teacher, {state['seconds']:.0f} s, has {bits(teacher):.4f} bits per byte; after twice its steps it "
-              f"would have {bits(twice):.4f}", flush=True)
+        print(f"\n{corpus}: the teacher, {state['seconds']:.0f} s, has {bits(teacher):.4f} bits per byte; after twice its "
+              f"steps it would have {bits(twice):.4f}", flush=True)
 
 
 if __name__ == "__main__":
