@@ -6,8 +6,8 @@
     python tests/bench_distill.py stdlib --teacher DIR --steps 400          # a teacher you have, a number of steps
 
 For each corpus: a teacher; what twice its time would give; for each seed a student with cached labels and the control
-of the same time; then, at equal steps on equal text, the online teacher, its sampled cache, and top-k of the same bytes.
-Runs are kept in --work, and those that are there are not run again.
+of the same time; then, at equal steps on equal text, the online teacher, its sampled cache, and top-k of the same
+bytes; at last early exits. Runs are kept in --work, and those that are there are not run again.
 """
 import argparse, collections, functools, itertools, json, statistics, subprocess, sys, time
 from pathlib import Path
@@ -62,8 +62,9 @@ def proof(name, data, teacher, args, work):
               f"{spread(of('control', key), form)} |")
     steps = [[load(r).history[-1]["steps"] for r in (run, run / "control")] for run in runs]
     print("| steps | | " + " | ".join(spread(counts, "{:.0f}") for counts in zip(*steps)) + " |")
-    print(f"| seconds | | {spread(of('student', 'seconds'), '{:.0f}')} | {spread(of('control', 'seconds'), '{:.0f}')} |")
-    print(f"\nparameters, share of the teacher's: {first['student']['parameters'] / first['teacher']['parameters']:.1%}")
+    print("| seconds | | " + " | ".join(spread(of(model, "seconds"), "{:.0f}") for model in ("student", "control")) + " |")
+    share = first["student"]["parameters"] / first["teacher"]["parameters"]
+    print(f"\nparameters, share of the teacher's: {share:.1%}")
     print(f"control minus student, bits per byte: {spread(won)}: the teacher was " +
           ("worth its cost for every seed" if min(won) > 0 else "not worth its cost" if max(won) <= 0 else
            "worth its cost for some seeds"))
@@ -88,7 +89,8 @@ def fidelity(name, data, teacher, args, work):
     for label, run in runs.items():
         header = run / "cache" / "header.json"
         size = json.loads(header.read_text(encoding="utf-8"))["bytes_per_token"] if header.exists() else ""
-        print(f"| {label} | {size} | {losses[label]:.4f} | {losses[label] - losses['online teacher']:+.4f} |", flush=True)
+        more = losses[label] - losses["online teacher"]
+        print(f"| {label} | {size} | {losses[label]:.4f} | {more:+.4f} |", flush=True)
 
 
 def exits(name, data, teacher, args, work):
@@ -116,7 +118,7 @@ def exits(name, data, teacher, args, work):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpora", nargs="*", default=["stdlib"], help="prepared data, stdlib, or a text or .jsonl file")
+    parser.add_argument("corpora", nargs="*", default=["stdlib"], help="prepared data, stdlib, or a text or .jsonl")
     parser.add_argument("--work", default="bench-distill", help="where the runs are kept")
     parser.add_argument("--minutes", type=float, default=1.0, help="of a student; its control has as long")
     parser.add_argument("--teacher-minutes", type=float, default=3.0)
@@ -145,8 +147,8 @@ def main():
             continue
         state = train.read_state(teacher)
         twice = command("train.py", work / "teacher-twice", *flags, "--steps", 2 * state["total"])
-        print(f"\n{corpus}: the teacher, {state['seconds']:.0f} s, has {bits(teacher):.4f} bits per byte; after twice its "
-              f"steps it would have {bits(twice):.4f}", flush=True)
+        print(f"\n{corpus}: the teacher, {state['seconds']:.0f} s, has {bits(teacher):.4f} bits per byte; after twice "
+              f"its steps it would have {bits(twice):.4f}", flush=True)
 
 
 if __name__ == "__main__":
