@@ -5,7 +5,7 @@
     echo "class Stack:" | python sample.py out --max-new-tokens 300 --seed 7
     python sample.py out --file notes.txt --temperature 0
     python sample.py out-faq --chat                        # a model trained on prompts and responses
-    python sample.py out-exits --self-draft 1              # its first layer guesses, all check: exact, and sooner
+    python sample.py out-exits --self-draft 1              # its first layer guesses, all layers check: the same text
 
 Text goes to standard output as it is made; what was chosen and how fast it went goes to standard error.
 """
@@ -515,7 +515,7 @@ def arguments(argv):
     parser.add_argument("--min-p", type=float, default=0.0, help="drop tokens less likely than this times the first")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: seen tokens become less likely")
     parser.add_argument("--self-draft", type=int, default=0, metavar="K", help="the first K layers guess, all of them "
-                        "check: the same text, sooner where distill.py --exits taught them (0: off)")
+                        "check: the same text; sooner where they guess well (distill.py --exits teaches them; 0: off)")
     parser.add_argument("--seed", type=int, help="same seed, same text (default: another each time)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--smoke", action="store_true", help="20 tokens only")
