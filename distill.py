@@ -120,32 +120,6 @@ def divergence(student, teacher, loss="forward", beta=0.5, temperature=1.0):
     return temperature ** 2 * d.clamp(min=0), temperature * grad
 
 
-class ThroughHead(torch.autograd.Function):
-    """Sum of a loss of the logits x @ weight.T that never holds them all: rows of x (N, C) are taken in chunks, and
-    chunk(logits (rows, V) float32, which rows) gives a chunk's loss and gradient at once, as in LinearCrossEntropy.
-
-    A chunk is 2^21 logits on a CPU, 2^26 on a GPU, and a divergence makes about ten float32 copies: 80 MB or 2.6 GB at
-    most, where one copy of all the logits of 8 x 512 tokens and 49,152 ids has 0.8 GB.
-    """
-    @staticmethod
-    def forward(ctx, x, weight, chunk):
-        loss, weight_t = torch.zeros((), device=x.device), weight.to(x.dtype)
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        rows = max(1, (2 ** 21 if x.device.type == "cpu" else 2 ** 26) // len(weight))
-        for i in range(0, len(x), rows):
-            value, grad = chunk((x[i:i + rows] @ weight_t.T).float(), slice(i, i + rows))
-            loss, grad = loss + value, grad.to(x.dtype)
-            grad_x[i:i + rows] = grad @ weight_t
-            grad_weight += grad.T @ x[i:i + rows]
-        ctx.save_for_backward(grad_x, grad_weight)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), grad_weight * grad, None
-
-
 def sparse_targets(ids, weights, metrics):
     """chunk() of cross-entropy with a distribution over few ids, (N, M) each, the text's own first. Weights of a row
     sum to 1, or to 0 where nothing is learned. It costs what cross-entropy with one target costs."""
@@ -215,7 +189,7 @@ class Distillation(nn.Module):
         keep, weight = (batch.targets != IGNORE).flatten().float(), model.lm_head.weight
         if getattr(batch, "labels", None) is not None:
             chunk = sparse_targets(batch.labels.flatten(0, 1), batch.weights.flatten(0, 1), metrics)
-            return ThroughHead.apply(x, weight, chunk), keep.sum(), metrics
+            return train.ThroughHead.apply(x, weight, chunk), keep.sum(), metrics
         teacher = self.teacher[0]
 
         @torch.no_grad()
@@ -230,7 +204,7 @@ class Distillation(nn.Module):
             hard[batch.sampled.flatten()] = 0         # what the student wrote itself is no example
         chunk = dense_targets(batch.targets.flatten(), hard if cfg.hard_weight else None, keep - hard,
                               lambda rows: timed(lambda: teacher.lm_head(y[rows])), self.vocab_size, cfg, metrics)
-        loss = ThroughHead.apply(x, weight, chunk)
+        loss = train.ThroughHead.apply(x, weight, chunk)
         for i, t in enumerate(self.layers):
             if cfg.hidden:
                 a, b = self.projections[i](hidden[i + 1]).flatten(0, 1).float(), theirs[t + 1].flatten(0, 1).float()
@@ -258,11 +232,12 @@ class Exits(nn.Module):
     def forward(self, model, batch):
         metrics, hidden, targets = collections.defaultdict(float), [], batch.targets.flatten()
         x = model(batch.ids, segments=batch.segments, head=False, hidden=hidden).flatten(0, 1)         # (B * T, C)
-        loss, y = train.LinearCrossEntropy.apply(x, model.lm_head.weight, targets), x.detach()
+        loss, y = train.linear_cross_entropy(x, model.lm_head.weight, targets), x.detach()
         chunk = dense_targets(targets, None, (targets != IGNORE).float() / len(self.exits),
                               lambda rows: model.lm_head(y[rows]), self.vocab_size, self.cfg, metrics)
         for e in self.exits:
-            loss = loss + ThroughHead.apply(model.model.norm(hidden[e]).flatten(0, 1), model.lm_head.weight, chunk)
+            h = model.model.norm(hidden[e]).flatten(0, 1)                                              # (B * T, C)
+            loss = loss + train.ThroughHead.apply(h, model.lm_head.weight, chunk)
         return loss, (targets != IGNORE).sum(), metrics
 
 
