@@ -92,6 +92,21 @@ def settle(directory, marker):
     return directory
 
 
+@contextlib.contextmanager
+def replacing_file(path):
+    """Write a file so that a kill or a full disk at any moment leaves what was there: fill the yielded PATH.new, then
+    swap. On an exception PATH.new is removed."""
+    new = path.with_name(path.name + ".new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield new
+        sync(new)
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
 def sync(path):
     """Returns when a file is on disk."""
     with open(path, "rb+") as f:

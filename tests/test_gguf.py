@@ -7,7 +7,7 @@ import torch
 
 import compress
 import sample
-from data import UserError
+from data import UserError, export
 from data.tokenizer import GPT2, QWEN2, Tokenizer, tokenizer_json
 from model import Int4Linear, Int8Linear, Transformer, config_from_hub, load, save
 
@@ -101,23 +101,23 @@ def test_blocks_keep_integers_and_scales(kind, low, high):
     integers[0, :2] = low, high
     scales = rng.uniform(-2, 2, (5, 3)).astype(np.float16)
     scales[1] = 2.0 ** -24                                       # the smallest float16
-    blocks = getattr(compress, f"{kind}_blocks")(integers, scales)
+    blocks = getattr(export, f"{kind}_blocks")(integers, scales)
     assert blocks.dtype == np.uint8 and blocks.shape == (5, 3 * {"q8_0": 34, "q4_0": 18}[kind])
     values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind.upper()])
     assert np.array_equal(values, integers * np.repeat(scales.astype(np.float32), 32, axis=1))
-    again = gguf.quants.dequantize(compress.interleaved(blocks[:4], 2), gguf.GGMLQuantizationType[kind.upper()])
-    assert np.array_equal(again, compress.interleaved(values[:4], 2))           # encoded rows can be put in another order
+    again = gguf.quants.dequantize(export.interleaved(blocks[:4], 2), gguf.GGMLQuantizationType[kind.upper()])
+    assert np.array_equal(again, export.interleaved(values[:4], 2))           # encoded rows can be put in another order
 
 
 def test_blocks_say_what_does_not_fit():
     ones = np.ones((2, 64), np.int8)
-    for blocks in (compress.q8_0_blocks, compress.q4_0_blocks):
+    for blocks in (export.q8_0_blocks, export.q4_0_blocks):
         with pytest.raises(ValueError, match="need scales"):
             blocks(ones, np.ones((2, 3), np.float16))
         with pytest.raises(ValueError, match="need scales"):
             blocks(ones[:, :40], np.ones((2, 1), np.float16))
     with pytest.raises(ValueError, match="-8..7"):
-        compress.q4_0_blocks(ones * 8, np.ones((2, 2), np.float16))
+        export.q4_0_blocks(ones * 8, np.ones((2, 2), np.float16))
 
 
 # --- a file, read back ---
@@ -126,7 +126,7 @@ def test_blocks_say_what_does_not_fit():
 def test_tensors_of_every_family(case, tokenizer, tmp_path):
     pytest.importorskip("gguf")
     model = build(case)
-    compress.write_gguf(model, tokenizer, "f32", tmp_path / "m.gguf")
+    export.write_gguf(model, tokenizer, "f32", tmp_path / "m.gguf")
     fields, tensors, kinds = read(tmp_path / "m.gguf")
     c, arch = model.config, fields["general.architecture"]
     assert arch == {"mistral": "llama"}.get(c.model_type, c.model_type)
@@ -158,7 +158,7 @@ def test_tensors_of_every_family(case, tokenizer, tmp_path):
 def test_rounding_stays_within_the_type(case, kind, tokenizer, tmp_path, capsys):
     pytest.importorskip("gguf")
     model = build(case, **({"intermediate_size": 80} if case == "llama" else {}))               # 80 = 2.5 blocks
-    compress.write_gguf(model, tokenizer, kind, tmp_path / "m.gguf")
+    export.write_gguf(model, tokenizer, kind, tmp_path / "m.gguf")
     fields, tensors, kinds = read(tmp_path / "m.gguf")
     assert fields["general.file_type"] == {"f16": 1, "q8_0": 7, "q4_0": 2}[kind] and fields["general.quantization_version"] == 2
     plain = [n for n in kinds if case == "llama" and "ffn_down" in n and kind != "f16"]
@@ -189,7 +189,7 @@ def test_quantized_layers_go_in_unchanged(case, step, kind, head_bits, head, tok
     wider = {} if step != "int4:64" else {"n_inner" if case == "gpt2" else "intermediate_size": 128}
     wider.update({"head_dim": 32} if step == "int4:64" and case == "mistral-nemo" else {})       # 4 x 24 is no multiple of 64
     model = quantized(build(case, **wider), step, head_bits)
-    compress.write_gguf(model, tokenizer, kind, tmp_path / "m.gguf")
+    export.write_gguf(model, tokenizer, kind, tmp_path / "m.gguf")
     _, tensors, kinds = read(tmp_path / "m.gguf")
     want = expected(compress.dequantize(model))
     assert tensors.keys() == want.keys() and ("output.weight" in kinds) == (not model.config.tie_word_embeddings)
@@ -204,7 +204,7 @@ def test_integers_and_scales_byte_for_byte(tokenizer, tmp_path):
     gguf = pytest.importorskip("gguf")
     for step, kind in (("int8", "q8_0"), ("int4", "q4_0")):
         model = quantized(build("qwen3"), step)
-        compress.write_gguf(model, tokenizer, kind, tmp_path / kind)
+        export.write_gguf(model, tokenizer, kind, tmp_path / kind)
         data = {t.name: t.data for t in gguf.GGUFReader(tmp_path / kind).tensors}["blk.1.ffn_down.weight"]
         integers, scales = model.model.layers[1].mlp.down_proj.integers()                            # (64, 96); (64, 1 or 3)
         blocks = torch.from_numpy(np.array(data)).view(64, 3, -1)
@@ -222,8 +222,8 @@ def test_quantized_layers_that_do_not_fit(case, step, kind, match, tokenizer, tm
     pytest.importorskip("gguf")
     model = quantized(build("llama", intermediate_size=80) if case == "odd" else build(case), step)
     with pytest.raises(UserError, match=match):
-        compress.write_gguf(model, tokenizer, kind, tmp_path / "m.gguf")
-    compress.write_gguf(compress.dequantize(model), tokenizer, kind, tmp_path / "m.gguf")
+        export.write_gguf(model, tokenizer, kind, tmp_path / "m.gguf")
+    export.write_gguf(compress.dequantize(model), tokenizer, kind, tmp_path / "m.gguf")
 
 
 def test_a_fused_tensor_of_two_types(tokenizer, tmp_path):
@@ -231,16 +231,16 @@ def test_a_fused_tensor_of_two_types(tokenizer, tmp_path):
     model = build("phi3")
     name = "model.layers.0.self_attn.k_proj"
     model.replace({"module": name, "kind": "int4", "group": 32}, Int4Linear.from_dense(model.get_submodule(name), group=32))
-    compress.write_gguf(model, tokenizer, "q4_0", tmp_path / "m.gguf")                            # q and v are rounded to its type
+    export.write_gguf(model, tokenizer, "q4_0", tmp_path / "m.gguf")                            # q and v are rounded to its type
     with pytest.raises(UserError, match="blk.0.attn_qkv.weight joins layers of different types"):
         other = "model.layers.0.self_attn.q_proj"
         model.replace({"module": other, "kind": "int8"}, Int8Linear.from_dense(model.get_submodule(other)))
-        compress.write_gguf(model, tokenizer, "q4_0", tmp_path / "m.gguf")
+        export.write_gguf(model, tokenizer, "q4_0", tmp_path / "m.gguf")
 
 
 def test_the_vocabulary(tokenizer, tmp_path):
     pytest.importorskip("gguf")
-    compress.write_gguf(build("qwen3"), tokenizer, "f32", tmp_path / "m.gguf", name="a model")
+    export.write_gguf(build("qwen3"), tokenizer, "f32", tmp_path / "m.gguf", name="a model")
     fields, _, _ = read(tmp_path / "m.gguf")
     get = lambda name: fields["tokenizer.ggml." + name]
     tokens, kinds, n = get("tokens"), get("token_type"), tokenizer.vocab_size
@@ -266,19 +266,19 @@ def split(pattern):
 
 
 DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, split(None)]}
-KEPT = split(compress.GPT4O)                                     # what Phi-4-mini has: keep the matches, drop the rest
+KEPT = split(export.GPT4O)                                     # what Phi-4-mini has: keep the matches, drop the rest
 KEPT["pretokenizers"][0].update(behavior="Removed", invert=True)
 
 
 PRE_TOKENIZERS = [(split(QWEN2), "qwen2"), (split(None), "gpt-2"), (split(GPT2), "gpt-2"), (DIGITS, "smollm"),
-                  (split(compress.LLAMA3), "llama-bpe"), (split(compress.TEKKEN), "tekken"), (split(compress.GPT4O), "gpt-4o"),
+                  (split(export.LLAMA3), "llama-bpe"), (split(export.TEKKEN), "tekken"), (split(export.GPT4O), "gpt-4o"),
                   (KEPT, "gpt-4o")]
 
 
 @pytest.mark.parametrize("pre_tokenizer, name", PRE_TOKENIZERS)
 def test_pre_tokenizers_have_a_name(pre_tokenizer, name, tokenizer, tmp_path):
     pytest.importorskip("gguf")
-    compress.write_gguf(build("llama"), changed(tokenizer, pre_tokenizer), "q4_0", tmp_path / "m.gguf")
+    export.write_gguf(build("llama"), changed(tokenizer, pre_tokenizer), "q4_0", tmp_path / "m.gguf")
     assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.pre"] == name
 
 
@@ -291,7 +291,7 @@ def test_added_tokens_and_bos(tokenizer, tmp_path):
         "type": "TemplateProcessing", "single": one, "pair": one + [{"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<s>": {"id": "<s>", "ids": [n], "tokens": ["<s>"]}}}]}
     other = changed(tokenizer, added=added, config={"bos_token": {"content": "<s>"}, "pad_token": "<|im_end|>"}, post_processor=bos)
-    compress.write_gguf(build("llama"), other, "q4_0", tmp_path / "m.gguf")
+    export.write_gguf(build("llama"), other, "q4_0", tmp_path / "m.gguf")
     fields, _, _ = read(tmp_path / "m.gguf")
     assert fields["tokenizer.ggml.tokens"][n:n + 3] == ["<s>", f"[PAD{n + 1}]", "    "]
     assert fields["tokenizer.ggml.token_type"][n:n + 3] == [3, 5, 4]
@@ -310,7 +310,7 @@ def test_added_tokens_and_bos(tokenizer, tmp_path):
 def test_what_llama_cpp_does_not_have(case, changes, match, tokenizer, tmp_path):
     pytest.importorskip("gguf")
     with pytest.raises(UserError, match=match):
-        compress.write_gguf(build(case, **changes), tokenizer, "f32", tmp_path / "m.gguf")
+        export.write_gguf(build(case, **changes), tokenizer, "f32", tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
 
 
@@ -320,10 +320,10 @@ def test_an_unknown_pre_tokenizer_and_values_beyond_float16(tokenizer, tmp_path)
     prefix, metaspace = {**split(None), "add_prefix_space": True}, {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always"}
     for pre, match in ((split(r"\w+|\W+"), r"\(\\w\+\|\\W\+\) is none"), (prefix, "add_prefix"), (metaspace, "Metaspace")):
         with pytest.raises(UserError, match=match):
-            compress.write_gguf(model, changed(tokenizer, pre), "f32", tmp_path / "m.gguf")
+            export.write_gguf(model, changed(tokenizer, pre), "f32", tmp_path / "m.gguf")
     model.model.embed_tokens.weight.data[3, 3] = 70000.0
     with pytest.raises(UserError, match="token_embd.weight has values too large"):
-        compress.write_gguf(model, tokenizer, "f16", tmp_path / "m.gguf")
+        export.write_gguf(model, tokenizer, "f16", tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
 
 
@@ -415,7 +415,7 @@ def llama(path, **options):
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_computes_the_same(case, tokenizer, tmp_path):
     model = build(case)
-    compress.write_gguf(model, tokenizer, "f32", tmp_path / "m.gguf")
+    export.write_gguf(model, tokenizer, "f32", tmp_path / "m.gguf")
     llm = llama(tmp_path / "m.gguf")
     n = 20
     ids = torch.randint(V, (1, n), generator=torch.Generator().manual_seed(1))
@@ -438,7 +438,7 @@ def test_llama_cpp_computes_the_same(case, tokenizer, tmp_path):
 def test_llama_cpp_reads_the_same_ids(pre_tokenizer, name, tokenizer, tmp_path):
     added = [{"id": tokenizer.vocab_size, "content": "      ", "special": False}]               # found in any text
     other = changed(tokenizer, pre_tokenizer, added)
-    compress.write_gguf(build("llama"), other, "q8_0", tmp_path / "m.gguf")
+    export.write_gguf(build("llama"), other, "q8_0", tmp_path / "m.gguf")
     llm = llama(tmp_path / "m.gguf", vocab_only=True, logits_all=False)
     for text in TEXTS.values():
         for special in (False, True):

@@ -1,0 +1,322 @@
+"""A model and its tokenizer in one GGUF file, for llama.cpp, Ollama and others: the step gguf of compress.py.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+import dataclasses, errno, json, shutil
+
+import numpy as np
+import torch
+
+from data import UserError, replacing_file
+from data.tokenizer import GPT2, GPT2_DIGITS, QWEN2
+from model import QuantLinear
+
+GGUF_TYPES = ("f32", "f16", "q8_0", "q4_0")
+GGUF_NAMES = {                              # ours to GGUF's; in a layer "blk.N." goes before it
+    "model.embed_tokens": "token_embd", "model.embed_positions": "position_embd", "model.norm": "output_norm",
+    "lm_head": "output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+GGUF_STORED = {"int8": "q8_0", "int4": "q4_0"}         # our quantized layers' type there: same integers, same scales
+GGUF_FUSED = {"gpt2": {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv"}}
+GGUF_FUSED["phi3"] = {**GGUF_FUSED["gpt2"], "ffn_gate": "ffn_up"}        # rows of the gate first, then those of up
+
+# llama.cpp does not read the pre-tokenizer's regex: it has its own code for each, by name.
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT4O = (TEKKEN.replace(r"\p{M}]+|[", r"\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[")
+         .replace(r"]*|\p{N}|", r"]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}|"))
+PRE_TOKENIZERS = {GPT2: "gpt-2", GPT2_DIGITS: "smollm", QWEN2: "qwen2", LLAMA3: "llama-bpe", TEKKEN: "tekken",
+                  GPT4O: "gpt-4o"}
+
+
+def import_gguf():
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("the step gguf needs a package that is not installed: pip install gguf") from None
+    return gguf
+
+
+def q8_0_blocks(integers, scales):
+    """GGUF's Q8_0 rows from int8 weights as they are: value = integer * scale, one scale for 32 integers of a row.
+
+    integers (rows, cols) int8, scales (rows, cols / 32) float16 -> (rows, cols / 32 * 34) uint8. Where a whole row
+    shares one scale, repeat it. Raises ValueError if the shapes do not fit.
+    """
+    rows, cols = integers.shape
+    if cols % 32 or scales.shape != (rows, cols // 32):
+        raise ValueError(f"integers {integers.shape} need scales {(rows, cols / 32)}, not {scales.shape}")
+    d = np.ascontiguousarray(scales, "<f2").view(np.uint8).reshape(rows, -1, 2)
+    q = np.ascontiguousarray(integers, np.int8).view(np.uint8).reshape(rows, -1, 32)
+    return np.concatenate((d, q), axis=2).reshape(rows, -1)
+
+
+def q4_0_blocks(integers, scales):
+    """GGUF's Q4_0 rows from 4-bit weights as they are: value = integer * scale, one scale for 32 integers of a row.
+
+    integers (rows, cols) int8 in -8..7, scales (rows, cols / 32) float16 -> (rows, cols / 32 * 18) uint8. A byte holds
+    elements i (low nibble) and i + 16 (high nibble) of its block, each as integer + 8. Raises ValueError if the shapes
+    or the integers do not fit.
+    """
+    rows, cols = integers.shape
+    if cols % 32 or scales.shape != (rows, cols // 32):
+        raise ValueError(f"integers {integers.shape} need scales {(rows, cols / 32)}, not {scales.shape}")
+    if integers.min(initial=0) < -8 or integers.max(initial=0) > 7:
+        raise ValueError("4-bit integers lie in -8..7")
+    d = np.ascontiguousarray(scales, "<f2").view(np.uint8).reshape(rows, -1, 2)
+    q = (integers + 8).astype(np.uint8).reshape(rows, -1, 32)
+    return np.concatenate((d, q[..., :16] | q[..., 16:] << 4), axis=2).reshape(rows, -1)
+
+
+def stored_blocks(layer):
+    """A quantized layer's rows in GGUF's blocks. A scale that more than one block of 32 shares is repeated in each."""
+    integers, scales = (t.cpu().numpy() for t in layer.integers())
+    scales = np.repeat(scales, integers.shape[1] // 32 // scales.shape[1], axis=1)
+    return (q8_0_blocks if layer.bits == 8 else q4_0_blocks)(integers, scales)
+
+
+def gguf_mismatch(model, kind):
+    """Why a model's quantized layers do not fit a GGUF file of this type, as text; None: they do, or there are none."""
+    blocks = {e["kind"] for e in model.compression if ".layers." in e["module"]}
+    fit = {GGUF_STORED[k] for k in blocks or {e["kind"] for e in model.compression}}
+    if fit and kind not in fit:
+        return (f"gguf:{kind}: the model's layers are {' and '.join(sorted(blocks))}, which goes unchanged into "
+                f"gguf:{' or gguf:'.join(sorted(fit))} only; write that, or put the step dequantize before gguf:{kind}")
+    for name, m in model.named_modules():
+        if isinstance(m, QuantLinear) and m.offsets is not None:
+            return f"gguf:{kind}: {name.removesuffix('.table')} has offsets, which {kind} has not; put the step " \
+                   "dequantize before gguf"
+        if isinstance(m, QuantLinear) and m.in_features % 32:
+            return (f"gguf:{kind}: rows of {m.in_features} ({name.removesuffix('.table')}) do not divide into blocks "
+                    "of 32; put the step dequantize before gguf")
+    return None
+
+
+def unsupported_by_llama_cpp(c):
+    """What of a Config llama.cpp's graph of its architecture does not have, as text; None: nothing."""
+    arch = gguf_architecture(c)
+    if not c.learned_positions and c.rope["rope_type"] not in ("default", "linear"):
+        only = {"llama3": "llama", "longrope": "phi3"}.get(c.rope["rope_type"])
+        if arch != only:
+            return f"rope_type {c.rope['rope_type']!r}" + (f" (only {only} models have it)" if only else "")
+    if arch != "phi3" and c.rope["partial_rotary_factor"] != 1:
+        return f"partial_rotary_factor {c.rope['partial_rotary_factor']} (only phi3 models have it)"
+    if arch in ("qwen2", "phi3", "gpt2") and c.num_attention_heads * c.head_dim != c.hidden_size:
+        return f"num_attention_heads x head_dim ({c.num_attention_heads} x {c.head_dim}) other than hidden_size"
+    if c.hidden_act not in (("gelu_new", "gelu_pytorch_tanh") if arch == "gpt2" else ("silu",)):
+        return f"hidden_act {c.hidden_act!r}"
+    if arch == "qwen3" and c.qkv_bias:
+        return "attention_bias"
+    return None
+
+
+def gguf_architecture(config):
+    return {"mistral": "llama"}.get(config.model_type, config.model_type)
+
+
+def gguf_metadata(writer, gguf, config, kind):
+    """Shapes and constants of the model, under GGUF's keys. Returns the context length in tokens."""
+    c, arch = config, gguf_architecture(config)
+    # llama.cpp attends to everything: up to the window's length that is the same.
+    context = min([c.max_position_embeddings, *filter(None, map(c.window, range(c.num_hidden_layers)))])
+    writer.add_type("model")
+    writer.add_file_type({"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16,
+                          "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0, "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0}[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_context_length(context)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    if c.layer_norm:
+        writer.add_layer_norm_eps(c.rms_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    if not c.learned_positions:
+        writer.add_rope_freq_base(c.rope["rope_theta"])
+        writer.add_rope_dimension_count(2 * len(c.frequencies()[0]))
+    if c.rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(c.rope["factor"])
+    if c.rope["rope_type"] == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(c.max_position_embeddings)
+        writer.add_rope_scaling_attn_factors(c.frequencies()[1])
+    return context
+
+
+def word_regex(data):
+    """The regex by which a tokenizer.json cuts text into words, or None where it is not byte-level BPE with one."""
+    pre, model = data.get("pre_tokenizer") or {}, data["model"]
+    *first, last = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or "merges" not in model:
+        return None
+    if last.get("use_regex", True):
+        digits = [s.get("type") for s in first] == ["Digits"] and first[0].get("individual_digits")
+        return GPT2 if not first else GPT2_DIGITS if digits else None
+    # words kept and the rest removed: the same, where the regex leaves no rest
+    whole_text = [("Isolated", False), ("Removed", True)]
+    if len(first) == 1 and (first[0].get("behavior"), first[0].get("invert", False)) in whole_text:
+        return first[0]["pattern"].get("Regex")
+    return None
+
+
+def gguf_tokenizer(writer, gguf, tokenizer, size):
+    """The vocabulary of `size` ids, merges, special tokens and chat template. Raises UserError if llama.cpp has no
+    pre-tokenizer like this tokenizer's, or the model too few ids."""
+    data, regex = tokenizer.data, word_regex(tokenizer.data)
+    if regex not in PRE_TOKENIZERS:
+        raise UserError(f"gguf: the tokenizer's pre-tokenizer ({regex or json.dumps(data.get('pre_tokenizer'))[:200]}) "
+                        f"is none of those with a name in llama.cpp ({', '.join(PRE_TOKENIZERS.values())})")
+    if tokenizer.vocab_size > size:
+        raise UserError(f"gguf: the tokenizer has {tokenizer.vocab_size} ids, the model only {size}")
+    if data.get("normalizer"):
+        print("llama.cpp does not normalize text as this tokenizer does: what is not in that form gets other ids")
+    tokens = [f"[PAD{i}]" for i in range(size)]
+    kinds = [gguf.TokenType.UNUSED] * size
+    for token, i in data["model"]["vocab"].items():
+        tokens[i], kinds[i] = token, gguf.TokenType.NORMAL
+    for added in data.get("added_tokens") or []:                # these are not spelled in the byte alphabet
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = gguf.TokenType.CONTROL if added.get("special") else gguf.TokenType.USER_DEFINED
+    ids = {token: i for i, token in enumerate(tokens)}
+
+    def named(key):
+        name = tokenizer.config.get(key)
+        return ids.get(name.get("content") if isinstance(name, dict) else name, tokenizer.eos_id)
+
+    writer.add_tokenizer_model("gpt2")                          # byte-level BPE, whoever's
+    writer.add_tokenizer_pre(PRE_TOKENIZERS[regex])
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]])
+    adds_bos = tokenizer.bos_id is not None
+    writer.add_add_bos_token(adds_bos)
+    # Without a name: an end of text is also what comes before one. (llama.cpp's default is id 11.)
+    writer.add_bos_token_id(tokenizer.bos_id if adds_bos else named("bos_token"))
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_pad_token_id(named("pad_token"))
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def gguf_tensors(model, kind, gguf):
+    """What a GGUF file holds: [(name, ((rows,) columns), GGML type, function that gives the numpy array), ...].
+
+    The arrays are made one at a time, when written: a quantized copy of the whole model need not fit in memory.
+    """
+    c, arch, T = model.config, gguf_architecture(model.config), gguf.GGMLQuantizationType
+    wanted, parts = T[kind.upper()], {}
+    for name, t in model.state_dict().items():
+        module, _, suffix = name.rpartition(".")
+        if module == "lm_head" and c.tie_word_embeddings or suffix == "scales":
+            continue                                            # llama.cpp takes token_embd where there is no output
+        if suffix == "q":                                       # integers and scales, both from their layer
+            t, suffix, module = model.get_submodule(module), "weight", module.removesuffix(".table")
+        layer = ""
+        if module.startswith("model.layers."):
+            _, _, number, module = module.split(".", 3)
+            layer = f"blk.{number}."
+        theirs = GGUF_NAMES[module]
+        theirs = GGUF_FUSED.get(arch, {}).get(theirs, theirs)
+        heads = {"self_attn.q_proj": c.num_attention_heads, "self_attn.k_proj": c.num_key_value_heads}.get(module)
+        parts.setdefault(f"{layer}{theirs}.{suffix}", []).append((t, heads if arch == "llama" else None))
+
+    def shape_of(t):
+        return (t.out_features, t.in_features) if isinstance(t, QuantLinear) else tuple(t.shape)
+
+    def type_of(name, t):
+        if isinstance(t, QuantLinear):
+            return T.Q8_0 if t.bits == 8 else T.Q4_0
+        if t.ndim == 1 or name.startswith("position_embd"):     # added, not multiplied: llama.cpp keeps them too
+            return T.F32
+        return T.F16 if wanted in (T.Q8_0, T.Q4_0) and t.shape[1] % 32 else wanted
+
+    def encoded(name, t, ggml_type):
+        if isinstance(t, QuantLinear):
+            return stored_blocks(t)
+        if ggml_type != T.F32 and t.abs().max() > 65504:
+            raise UserError(f"gguf: {name} has values too large for float16: write gguf:f32")
+        return gguf.quants.quantize(t.detach().float().cpu().numpy(), ggml_type)
+
+    def array(name, pieces, ggml_type):
+        rows = [encoded(name, t, ggml_type) for t, _ in pieces]
+        rows = [interleaved(r, heads) if heads else r for r, (_, heads) in zip(rows, pieces)]
+        return np.ascontiguousarray(np.concatenate(rows) if len(rows) > 1 else rows[0])
+
+    tensors = []
+    for name, pieces in parts.items():
+        ggml_type, *others = {type_of(name, t) for t, _ in pieces}
+        if others:
+            raise UserError(f"gguf: {name} joins layers of different types; put the step dequantize before gguf")
+        shape = (sum(shape_of(t)[0] for t, _ in pieces), *shape_of(pieces[0][0])[1:])
+        tensors.append((name, shape, ggml_type, lambda a=(name, pieces, ggml_type): array(*a)))
+    factors = {}
+    if c.rope["rope_type"] == "llama3":                         # what llama.cpp divides the plain frequencies by
+        plain = dataclasses.replace(c, rope={**c.rope, "rope_type": "default"})
+        factors["rope_freqs"] = plain.frequencies()[0] / c.frequencies()[0]
+    if c.rope["rope_type"] == "longrope":
+        factors = {f"rope_factors_{k}": torch.tensor(c.rope[f"{k}_factor"]) for k in ("long", "short")
+                   if f"{k}_factor" in c.rope}
+    return tensors + [(f"{name}.weight", tuple(f.shape), T.F32, lambda f=f: f.numpy().astype(np.float32))
+                      for name, f in factors.items()]
+
+
+def interleaved(rows, heads):
+    """Rows (heads * D, ...) of a query or key projection in the order of llama.cpp's "llama" architecture.
+
+    The Hub's rotary positions turn channels (i, i + D/2) of a head, that architecture's (2i, 2i + 1). Works on encoded
+    rows as on plain ones: a block never spans two rows.
+    """
+    return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_gguf(model, tokenizer, kind, path, name="model"):
+    """Writes a model and its tokenizer as one GGUF file for llama.cpp, atomically.
+
+    kind  f32, f16, q8_0 or q4_0: how matrices are stored. Vectors (norms, biases) stay f32; a matrix whose rows do not
+          divide into blocks of 32 stays f16 and is named on standard output. Quantized layers keep their integers and
+          scales, and those in the blocks must be of this kind
+    Raises UserError for what GGUF or llama.cpp cannot express, and if the gguf package is missing.
+    """
+    gguf, config = import_gguf(), model.config
+    missing = unsupported_by_llama_cpp(config)
+    if missing:
+        raise UserError(f"gguf: llama.cpp's {gguf_architecture(config)} has no {missing}")
+    if mismatch := gguf_mismatch(model, kind):
+        raise UserError(mismatch)
+    writer = gguf.GGUFWriter(None, gguf_architecture(config))
+    writer.add_name(name)
+    context = gguf_metadata(writer, gguf, config, kind)
+    gguf_tokenizer(writer, gguf, tokenizer, config.vocab_size)
+    tensors, total = gguf_tensors(model, kind, gguf), 0
+    for tensor_name, shape, ggml_type, _ in tensors:
+        block, size = gguf.GGML_QUANT_SIZES[ggml_type]
+        nbytes = int(np.prod(shape)) // block * size
+        writer.add_tensor_info(tensor_name, shape, np.dtype(np.float32), nbytes, raw_dtype=ggml_type)
+        total += nbytes
+    with replacing_file(path) as new:
+        try:
+            writer.write_header_to_file(new)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for _, _, _, array in tensors:
+                writer.write_tensor_data(array())
+        except OSError as error:                                # numpy's tofile does not say why it could not write
+            if error.errno is None and shutil.disk_usage(path.parent).free < total:
+                raise OSError(errno.ENOSPC, f"no space left while writing {path}") from None
+            raise
+        finally:
+            writer.close()
+    if context < config.max_position_embeddings:
+        print(f"context length {context}: the sliding window's; llama.cpp has none for this architecture")
+    plain = [n for n, shape, t, _ in tensors if kind.startswith("q") and t == gguf.GGMLQuantizationType.F16]
+    if plain:
+        print(f"f16 instead of {kind}, as their rows do not divide into blocks of 32: {', '.join(plain)}")
+    print(f"{path}: {gguf_architecture(config)}, {kind}, {path.stat().st_size / 1e6:,.1f} MB")
