@@ -159,7 +159,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("offsets", offsets)
         self.register_parameter("bias", bias)
-        self.layer = (ctypes.c_int64 * 8)()           # what KERNELS calls `layer`
+        self.layer = None                             # what KERNELS call a layer
 
     @classmethod
     def empty(cls, n_in, n_out, bias=False, **spec):
@@ -195,6 +195,11 @@ class QuantLinear(nn.Module):
 
     def rows(self, ids):
         """Rows of the weight, float32 (*ids.shape, in)."""
+        if ids.numel() < 8 and self.q.device.type == "cpu" and kernels()[0] is not None:
+            ids, y = ids.contiguous(), torch.empty(*ids.shape, self.in_features)
+            if kernels()[0].gather(self.described(), ids.data_ptr(), ids.numel(), y.data_ptr()):
+                raise IndexError(f"ids {ids.tolist()} are not all rows of a table of {self.out_features}")
+            return y
         offsets = None if self.offsets is None else self.offsets[ids]
         return dequantized(self.unpack(self.q[ids]), self.scales[ids], offsets)
 
@@ -205,21 +210,23 @@ class QuantLinear(nn.Module):
 
     def multiply(self, library, x):
         """x (..., in) float32 @ weight^T + bias by KERNELS: (..., out)."""
-        q, bias = self.q.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
-        if self.layer[0] != q or self.layer[3] != bias:
-            offsets = 0 if self.offsets is None else self.offsets.data_ptr()
-            self.layer[:] = [q, self.scales.data_ptr(), offsets, bias, self.out_features, self.in_features,
-                             self.in_features // self.scales.shape[1], self.bits]
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
-        if library.linear(self.layer, x.data_ptr(), x.numel() // self.in_features, y.data_ptr()):
+        if library.linear(self.described(), x.data_ptr(), x.numel() // self.in_features, y.data_ptr()):
             raise MemoryError("no memory for the activations of a quantized layer")
         return y
+
+    def described(self):
+        """What KERNELS call a layer; made anew when the tensors have moved."""
+        if self.layer is None or self.layer[0] != self.q.data_ptr() or (self.bias is not None and
+                                                                        self.layer[3] != self.bias.data_ptr()):
+            self.layer = c_layer(self)
+        return self.layer
 
     def _apply(self, fn, recurse=True):
         scales, offsets = self.scales, self.offsets
         super()._apply(fn, recurse)
-        self.layer[0] = 0                             # its pointers are old
+        self.layer = None                             # its pointers are old
         self.scales = scales.to(self.q.device)        # model.to(bfloat16) would round them
         self.offsets = None if offsets is None else offsets.to(self.q.device)
         return self
@@ -264,7 +271,39 @@ class Int4Linear(QuantLinear):
         return torch.stack((q & 15, q >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
 
 
-LAYERS = {"int8": Int8Linear, "int4": Int4Linear}
+class LowRankLinear(nn.Module):
+    """A weight (out, in) as the product of two thin ones, `up` (out, rank) after `down` (rank, in): both are layers of
+    their own, which may be quantized in turn."""
+    def __init__(self, down, up):
+        super().__init__()
+        self.in_features, self.out_features = down.in_features, up.out_features
+        self.down, self.up = down, up
+
+    @classmethod
+    def empty(cls, n_in, n_out, bias=False, rank=0):
+        """A layer whose tensors are still to be filled. Raises UserError for a rank that cannot be."""
+        if type(rank) is not int or not 1 <= rank <= min(n_in, n_out):
+            raise UserError(f"a weight of {n_out} x {n_in} has a rank from 1 to {min(n_in, n_out)}, not {rank!r}")
+        return cls(nn.Linear(n_in, rank, bias=False), nn.Linear(rank, n_out, bias=bias))
+
+    @classmethod
+    def from_factors(cls, up, down, bias=None):
+        """From weights up (out, rank) and down (rank, in) that another algorithm chose."""
+        with torch.device("meta"):
+            layer = cls.empty(down.shape[1], len(up), bias is not None, len(down))
+        layer.down.weight, layer.up.weight, layer.up.bias = nn.Parameter(down), nn.Parameter(up), bias
+        return layer
+
+    def dense(self):
+        """The weight, float (out, in)."""
+        up, down = (m.dense() if isinstance(m, QuantLinear) else m.weight for m in (self.up, self.down))
+        return up @ down
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+
+LAYERS = {"int8": Int8Linear, "int4": Int4Linear, "lowrank": LowRankLinear}
 
 
 class QuantEmbedding(nn.Module):
@@ -299,6 +338,9 @@ KERNELS = r"""
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 typedef int8_t  i8  __attribute__((vector_size(16)));
@@ -306,8 +348,8 @@ typedef int16_t i16 __attribute__((vector_size(32)));      /* 8 pairs of neighbo
 typedef int16_t s16 __attribute__((vector_size(16)));
 typedef int32_t i32 __attribute__((vector_size(32)));
 typedef float   f32 __attribute__((vector_size(32)));
-typedef struct { const uint8_t *q; const uint16_t *scales, *offsets; const float *bias;
-                 int64_t n, k, group, bits; } layer;
+typedef struct layer { const void *q; const uint16_t *scales, *offsets; const float *bias; int64_t n, k, group, bits;
+                       const struct layer *first; } layer;              /* 32 bits: float; first: low rank's other half */
 typedef struct { int16_t *q; float *scales, *sums; int64_t groups; } rounded;      /* x: (m, k), (m, k / 32) */
 typedef struct { int16_t *q; float *scales, *offsets; } panel;   /* 16 rows of a weight: (k / 2, 16, 2), (k / 32, 16) */
 
@@ -344,8 +386,9 @@ INLINE float half(const uint16_t *p, const layer *l, int64_t row, int64_t g) {  
     return f * 0x1p112f;
 }
 
-/* A row of x: 8-bit integers, kept in 16, and a scale for each group of 32. split: a group's even ones come first. */
-static void quantize(const float *x, const layer *l, rounded a, int64_t r, int split) {
+/* A row of x: 8-bit integers and a scale for each group of 32. For a panel they are kept in 16 bits; else for 4-bit weights
+   a group's even ones come first, as the low nibbles hold those. */
+static void quantize(const float *x, const layer *l, rounded a, int64_t r, int panels) {
     for (int64_t g = 0; g < a.groups; g++) {
         f32 v[4] = {0}, sum = {0};
         if (l->k - 32 * g >= 32) memcpy(v, x + r * l->k + 32 * g, 128);
@@ -360,7 +403,8 @@ static void quantize(const float *x, const layer *l, rounded a, int64_t r, int s
         float largest, scale;
         memcpy(&largest, &most, 4);
         scale = largest / 127;
-        int16_t q[32], *out = a.q + (r * a.groups + g) * 32;
+        int16_t q[32];
+        int8_t *out = (int8_t *)a.q + (r * a.groups + g) * 32;
         for (int j = 0; j < 4; j++) {                      /* the last bits of 1.5 * 2^23 + v are round(v) */
             i32 near = (i32)(v[j] * (largest > 0 ? 127 / largest : 0) + 0x1.8p23f) - 0x4b400000;
             s16 narrow = __builtin_convertvector(near, s16);
@@ -369,41 +413,86 @@ static void quantize(const float *x, const layer *l, rounded a, int64_t r, int s
         }
         a.scales[r * a.groups + g] = scale;
         a.sums[r * a.groups + g] = scale * total(sum);
-        for (int i = 0; split && i < 16; i++) { out[i] = q[2 * i]; out[16 + i] = q[2 * i + 1]; }
-        if (!split) memcpy(out, q, sizeof q);
+        if (panels) memcpy(a.q + (r * a.groups + g) * 32, q, sizeof q);
+        else if (l->bits == 8) for (int i = 0; i < 32; i++) out[i] = q[i];
+        else for (int i = 0; i < 16; i++) { out[i] = q[2 * i]; out[16 + i] = q[2 * i + 1]; }
     }
 }
 
+/* Scales or offsets of 8 groups of a row, from g on; past the last one anything. */
+INLINE f32 halves(const uint16_t *p, const layer *l, int64_t row, int64_t g) {
+    s16 v;
+    int64_t in_row = l->k / l->group, at = row * in_row + g;
+    if (l->group == 32 && at + 8 <= l->n * in_row) memcpy(&v, p + at, 16);
+    else for (int64_t i = 0; i < 8; i++) v[i] = p[row * in_row + (g * 32 + i * 32 < l->k ? (g + i) * 32 / l->group : 0)];
+    i32 bits = __builtin_convertvector(v, i32);
+    return (f32)((bits & 0x7fff) << 13 | (bits & 0x8000) << 16) * 0x1p112f;
+}
+
+/* Of 32 weights and a group of x: sums of products of 4. A weight's low four bits count from -8 up here from 0. */
+INLINE i32 nibbles(const uint8_t *w, const int8_t *x) {
+#ifdef __AVX2__
+    __m128i v = _mm_loadu_si128((const __m128i *)w);
+    __m256i both = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(v, 4), v), _mm256_set1_epi8(15));
+    __m256i pairs = _mm256_maddubs_epi16(both, _mm256_loadu_si256((const __m256i *)x));
+    return (i32)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+    i16 v = widen(w);
+    return dot(dot((i32){0}, v & 15, widen((const uint8_t *)x)), (v >> 4) & 15, widen((const uint8_t *)x + 16));
+#endif
+}
+
 /* A row of x times `height` rows of the weight, as these lie in memory: generation, where reading them is the limit. */
-INLINE void by_row(const layer *l, rounded a, int64_t r, int64_t n, int height, int bits, float *y) {
-    f32 sum[4] = {0};
-    float offset[4] = {0};
-    for (int64_t g = 0; g < a.groups; g++) {
-        i16 x0 = load(a.q + (r * a.groups + g) * 32), x1 = load(a.q + (r * a.groups + g) * 32 + 16);
-        UNROLL for (int c = 0; c < height; c++) {
-            const uint8_t *w = l->q + (n + c) * l->k * bits / 8 + g * 4 * bits;
-            __builtin_prefetch(w + height * l->k * bits / 8);
-            i16 w0 = widen(w), w1;
-            float scale = a.scales[r * a.groups + g];
-            if (bits == 8) w1 = widen(w + 16);
-            else {
-                w1 = ((w0 >> 4) & 15) - 8;
-                w0 = (w0 & 15) - 8;
-                scale *= half(l->scales, l, n + c, g);
-                if (l->offsets) offset[c] += a.sums[r * a.groups + g] * half(l->offsets, l, n + c, g);
+INLINE void by_row(const layer *l, rounded a, int64_t r, int64_t n, int height, int bits, float *y, int add) {
+    f32 sum[4] = {0}, offset[4] = {0};
+    const float *scales = a.scales + r * a.groups, *sums = a.sums + r * a.groups;
+    for (int64_t g = 0; g < a.groups; g += 8) {
+        int64_t count = a.groups - g < 8 ? a.groups - g : 8;
+        float scale[4][8];
+        if (bits == 4) {
+            f32 s, sum8;
+            memcpy(&s, scales + g, 32), memcpy(&sum8, sums + g, 32);
+            sum8 = (f32)((i32)sum8 & ((i32){0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)count));
+            UNROLL for (int c = 0; c < height; c++) {
+                f32 its = halves(l->scales, l, n + c, g), product = its * s;
+                memcpy(scale[c], &product, 32);
+                offset[c] += (l->offsets ? halves(l->offsets, l, n + c, g) - 8 * its : -8 * its) * sum8;
             }
-            sum[c] += __builtin_convertvector(dot(dot((i32){0}, w0, x0), w1, x1), f32) * scale;
+        }
+        for (int64_t i = 0; i < count; i++) {
+            const int8_t *x = (const int8_t *)a.q + (r * a.groups + g + i) * 32;
+            i16 x0 = widen((const uint8_t *)x), x1 = widen((const uint8_t *)x + 16);
+            UNROLL for (int c = 0; c < height; c++) {
+                const uint8_t *w = (const uint8_t *)l->q + (n + c) * l->k * bits / 8 + (g + i) * 4 * bits;
+                __builtin_prefetch(w + height * l->k * bits / 8);
+                i32 products = bits == 4 ? nibbles(w, x) : dot(dot((i32){0}, widen(w), x0), widen(w + 16), x1);
+                sum[c] += __builtin_convertvector(products, f32) * (bits == 4 ? scale[c][i] : scales[g + i]);
+            }
         }
     }
     UNROLL for (int c = 0; c < height; c++)
-        y[r * l->n + n + c] = total(sum[c]) * (bits == 8 ? half(l->scales, l, n + c, 0) : 1) + offset[c]
-                              + (l->bias ? l->bias[n + c] : 0);
+        y[r * l->n + n + c] = total(sum[c]) * (bits == 8 ? half(l->scales, l, n + c, 0) : 1) + total(offset[c])
+                              + (l->bias ? l->bias[n + c] : 0) + (add ? y[r * l->n + n + c] : 0);
+}
+
+INLINE void by_float_row(const layer *l, const float *x, int64_t n, int height, float *y, int add) {
+    f32 sum[4] = {0}, v, u;
+    float rest[4] = {0};
+    const float *w = (const float *)l->q + n * l->k;
+    int64_t i = 0;
+    for (; i + 8 <= l->k; i += 8) {
+        memcpy(&v, x + i, 32);
+        UNROLL for (int c = 0; c < height; c++) { memcpy(&u, w + c * l->k + i, 32); sum[c] += u * v; }
+    }
+    for (; i < l->k; i++) for (int c = 0; c < height; c++) rest[c] += w[c * l->k + i] * x[i];
+    for (int c = 0; c < height; c++)
+        y[n + c] = total(sum[c]) + rest[c] + (l->bias ? l->bias[n + c] : 0) + (add ? y[n + c] : 0);
 }
 
 static void fill(const layer *l, int64_t groups, int64_t n, panel p) {
     for (int64_t c = 0; c < 16; c++) {
         int64_t row = n + c < l->n ? n + c : l->n - 1;
-        const uint8_t *w = l->q + row * l->k * l->bits / 8;
+        const uint8_t *w = (const uint8_t *)l->q + row * l->k * l->bits / 8;
         for (int64_t i = 0; i < groups * 16; i++) {        /* past the end of a row: zeros */
             int8_t low = 2 * i >= l->k ? 0 : l->bits == 4 ? (w[i] & 15) - 8 : (int8_t)w[2 * i];
             int8_t high = 2 * i + 1 >= l->k ? 0 : l->bits == 4 ? (w[i] >> 4) - 8 : (int8_t)w[2 * i + 1];
@@ -442,18 +531,31 @@ INLINE void by_panel(const layer *l, rounded a, int64_t r, panel p, int64_t n, i
 }
 
 /* y = x / rms(x) * weight, rows of n: PyTorch needs six operators, a third of the time of a small model's token. */
+static void normalize(const float *x, const float *weight, float eps, int64_t n, float *y) {
+    f32 squares = {0}, v;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) { memcpy(&v, x + i, 32); squares += v * v; }
+    float sum = total(squares);
+    for (; i < n; i++) sum += x[i] * x[i];
+    float scale = 1 / sqrtf(sum / n + eps);
+    for (i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+}
+
 void rms_norm(const float *x, const float *weight, float eps, int64_t m, int64_t n, float *y) {
     #pragma omp parallel for if (m * n > 100000)
-    for (int64_t r = 0; r < m; r++) {
-        const float *from = x + r * n;
-        f32 squares = {0}, v;
-        int64_t i = 0;
-        for (; i + 8 <= n; i += 8) { memcpy(&v, from + i, 32); squares += v * v; }
-        float sum = total(squares);
-        for (; i < n; i++) sum += from[i] * from[i];
-        float scale = 1 / sqrtf(sum / n + eps);
-        for (i = 0; i < n; i++) y[r * n + i] = from[i] * scale * weight[i];
+    for (int64_t r = 0; r < m; r++) normalize(x + r * n, weight, eps, n, y + r * n);
+}
+
+/* Rows of a quantized table as floats, (m, k). Returns 1 if there is no such row. */
+int gather(const layer *l, const int64_t *ids, int64_t m, float *y) {
+    for (int64_t r = 0; r < m; r++) if (ids[r] < 0 || ids[r] >= l->n) return 1;
+    for (int64_t r = 0; r < m; r++) for (int64_t i = 0, k = l->k; i < k; i++) {
+        const uint8_t *w = (const uint8_t *)l->q + ids[r] * k * l->bits / 8;
+        int integer = l->bits == 8 ? (int8_t)w[i] : (w[i / 2] >> i % 2 * 4 & 15) - 8;
+        y[r * k + i] = integer * half(l->scales, l, ids[r], i / 32)
+                       + (l->offsets ? half(l->offsets, l, ids[r], i / 32) : 0);
     }
+    return 0;
 }
 
 /* y (m, n) = x (m, k) @ weight (n, k)^T + bias. Returns 1 if there is no memory. */
@@ -461,13 +563,13 @@ int linear(const layer *l, const float *x, int64_t m, float *y) {
     int64_t groups = (l->k + 31) / 32;
     if (!m) return 0;
     int panels = m >= 8 || l->k % 32, failed = 0;          /* by_row would read past the end of an odd last row */
-    char *memory = aligned_alloc(64, (m * groups * 72 + 63) / 64 * 64);
+    char *memory = aligned_alloc(64, (m * groups * 72 + 128) / 64 * 64);
     if (!memory) return 1;
     rounded a = {(int16_t *)memory, (float *)(memory + m * groups * 64), (float *)(memory + m * groups * 68), groups};
     #pragma omp parallel if (m * l->n * l->k > 100000)
     {
         #pragma omp for
-        for (int64_t r = 0; r < m; r++) quantize(x, l, a, r, l->bits == 4 && !panels);
+        for (int64_t r = 0; r < m; r++) quantize(x, l, a, r, panels);
         char *buffer = panels ? aligned_alloc(64, groups * 1152) : NULL;
         panel p = {0};
         if (buffer) {
@@ -483,14 +585,168 @@ int linear(const layer *l, const float *x, int64_t m, float *y) {
             for (; buffer && r + 6 <= m; r += 6) by_panel(l, a, r, p, n, 6, y);
             for (; buffer && r < m; r++) by_panel(l, a, r, p, n, 1, y);
             for (; !panels && c + 4 <= end; c += 4) for (r = 0; r < m; r++)
-                if (l->bits == 8) by_row(l, a, r, c, 4, 8, y); else by_row(l, a, r, c, 4, 4, y);
+                if (l->bits == 8) by_row(l, a, r, c, 4, 8, y, 0); else by_row(l, a, r, c, 4, 4, y, 0);
             for (; !panels && c < end; c++) for (r = 0; r < m; r++)
-                if (l->bits == 8) by_row(l, a, r, c, 1, 8, y); else by_row(l, a, r, c, 1, 4, y);
+                if (l->bits == 8) by_row(l, a, r, c, 1, 8, y, 0); else by_row(l, a, r, c, 1, 4, y, 0);
         }
         free(buffer);
     }
     free(memory);
     return failed;
+}
+
+/* All blocks for a few new tokens, by one team of threads: for one token, calling PyTorch's operators takes longer than
+   their work. Threads meet at a barrier; what each needs whole, a norm or rounded activations, each makes for itself. */
+
+typedef struct { const float *attention_norm, *q_norm, *k_norm, *mlp_norm;
+                 const layer *q, *k, *v, *o, *gate, *up, *down; float *keys, *values; int64_t window; } block;
+typedef struct { int64_t id, team, m, turn, size; const float *of; int64_t bits; rounded a; float *x, *scores, *shared; } own;
+
+INLINE f32 exponential(f32 x) {              /* 2^whole * e^part: the sixth Taylor polynomial, |part| <= ln(2) / 2 */
+    i32 large = x > 88;
+    x = (f32)(((i32)x & ~large) | ((i32)(88 - (f32){0}) & large));
+    f32 near = x * 0x1.715476p0f + 0x1.8p23f, whole = near - 0x1.8p23f;
+    f32 part = x - whole * 0x1.62e4p-1f - whole * 0x1.7f7d1cp-20f, sum = part * (1 / 720.f) + 1 / 120.f;
+    sum = ((((sum * part + 1 / 24.f) * part + 1 / 6.f) * part + 0.5f) * part + 1) * part + 1;
+    i32 power = ((i32)near - 0x4b400000 + 127) << 23;
+    return (f32)((i32)(sum * (f32)power) & (x > -87));
+}
+
+/* y (m, n) = or += x (m, k) @ weight^T + bias: this thread's part of the n. */
+static void apply(const layer *l, const float *x, float *y, int add, own *w) {
+    if (l->first) {
+        float *h = w->shared + (w->turn ^= 1) * w->size;             /* a slow thread may still read the last one */
+        apply(l->first, x, h, 0, w);
+        #pragma omp barrier
+        w->of = NULL;
+        x = h;
+    }
+    if (l->bits < 32 && (w->of != x || w->bits != l->bits)) {
+        w->a.groups = l->k / 32;
+        for (int64_t r = 0; r < w->m; r++) quantize(x, l, w->a, r, 0);
+        w->of = x, w->bits = l->bits;
+    }
+    int64_t fours = (l->n + 3) / 4, n = fours * w->id / w->team * 4, end = fours * (w->id + 1) / w->team * 4;
+    for (; n < end; n += 4) for (int64_t r = 0; r < w->m; r++) {
+        int64_t height = l->n - n < 4 ? l->n - n : 4, c = 0;
+        if (height == 4 && l->bits == 32) by_float_row(l, x + r * l->k, n, 4, y + r * l->n, add);
+        else if (height == 4 && l->bits == 8) by_row(l, w->a, r, n, 4, 8, y, add);
+        else if (height == 4) by_row(l, w->a, r, n, 4, 4, y, add);
+        else for (; c < height; c++)
+            if (l->bits == 32) by_float_row(l, x + r * l->k, n + c, 1, y + r * l->n, add);
+            else if (l->bits == 8) by_row(l, w->a, r, n + c, 1, 8, y, add);
+            else by_row(l, w->a, r, n + c, 1, 4, y, add);
+    }
+}
+
+/* A head's q or k (D): normalized, and channels i and i + R turned by the angles of its position. */
+static void place(float *x, const float *weight, float eps, int64_t D, const float *cosines, const float *sines, int64_t R) {
+    if (weight) normalize(x, weight, eps, D, x);
+    for (int64_t i = 0; i < R; i++) {
+        float a = x[i], b = x[i + R];
+        x[i] = a * cosines[i] - b * sines[i];
+        x[i + R] = b * cosines[i] + a * sines[i];
+    }
+}
+
+/* q (D) = softmax(q k^T / sqrt(D)) v over `count` positions. */
+static void attend(float *q, const float *keys, const float *values, int64_t count, int64_t D, float *scores) {
+    layer l = {.q = keys, .k = D, .bits = 32};
+    int64_t p = 0, i = 0;
+    for (; p + 4 <= count; p += 4) by_float_row(&l, q, p, 4, scores, 0);
+    for (; p < count; p++) by_float_row(&l, q, p, 1, scores, 0);
+    float most = -INFINITY, scale = 1 / sqrtf(D), sum = 0;
+    for (p = 0; p < count; p++) most = scores[p] > most ? scores[p] : most;
+    for (p = 0; p < count; p += 8) {                       /* past the end: nobody reads it */
+        f32 v;
+        memcpy(&v, scores + p, 32);
+        v = exponential((v - most) * scale);
+        memcpy(scores + p, &v, 32);
+        for (int64_t j = 0; j < 8 && p + j < count; j++) sum += v[j];
+    }
+    for (; i + 8 <= D; i += 8) {
+        f32 y = {0}, v;
+        for (p = 0; p < count; p++) { memcpy(&v, values + p * D + i, 32); y += v * scores[p]; }
+        y /= sum;
+        memcpy(q + i, &y, 32);
+    }
+    for (; i < D; i++) {
+        float y = 0;
+        for (p = 0; p < count; p++) y += values[p * D + i] * scores[p];
+        q[i] = y / sum;
+    }
+}
+
+/* x (rows, T, C), the embedded tokens at positions start ... start + T - 1, becomes the normalized hidden states; keys and
+   values go into the caches (rows, K, capacity, D). Returns 1 if there is no memory. */
+int run_body(const block *all, const int64_t *sizes, const float *frequencies, float rotary_scale, const float *norm,
+             float eps, float *x) {
+    const int64_t blocks = sizes[0], rows = sizes[1], T = sizes[2], start = sizes[3], capacity = sizes[4], C = sizes[5],
+        H = sizes[6], K = sizes[7], D = sizes[8], I = sizes[9], R = sizes[10], widest = sizes[11], m = rows * T,
+        shared = m * (H * D + 2 * K * D + 2 * I + 2 * widest) + 2 * T * R, private = m * (widest * 2 + widest / 16) + capacity;
+    int most = 1;
+#ifdef _OPENMP
+    most = omp_get_max_threads();
+#endif
+    float *memory = malloc((shared + most * (private + 64)) * sizeof(float));
+    if (!memory) return 1;
+    float *q = memory, *k = q + m * H * D, *v = k + m * K * D, *gate = v + m * K * D, *up = gate + m * I,
+        *halves = up + m * I, *cosines = halves + 2 * m * widest, *sines = cosines + T * R;
+    for (int64_t i = 0; i < T * R; i++) {
+        float angle = (start + i / R) * frequencies[i % R];
+        cosines[i] = cosf(angle) * rotary_scale, sines[i] = sinf(angle) * rotary_scale;
+    }
+    #pragma omp parallel
+    {
+        own w = {.team = 1, .m = m, .size = m * widest, .shared = halves};
+#ifdef _OPENMP
+        w.id = omp_get_thread_num(), w.team = omp_get_num_threads();
+#endif
+        w.x = memory + shared + w.id * (private + 64), w.scores = w.x + m * widest;
+        w.a = (rounded){(int16_t *)(w.scores + capacity + 8), w.scores + capacity + 8 + m * widest / 2};
+        w.a.sums = w.a.scales + m * widest / 32;
+        for (const block *b = all; b < all + blocks; b++) {
+            for (int64_t r = 0; r < m; r++) normalize(x + r * C, b->attention_norm, eps, C, w.x + r * C);
+            w.of = NULL;
+            apply(b->q, w.x, q, 0, &w), apply(b->k, w.x, k, 0, &w), apply(b->v, w.x, v, 0, &w);
+            #pragma omp barrier
+            for (int64_t i = w.id; i < m * (H + K); i += w.team) {             /* i: a position's head of q, or of k */
+                int64_t r = i / (H + K), h = i % (H + K), t = r % T;
+                float *head = h < H ? q + (r * H + h) * D : k + (r * K + h - H) * D;
+                place(head, h < H ? b->q_norm : b->k_norm, eps, D, cosines + t * R, sines + t * R, R);
+                if (h < H) continue;
+                int64_t to = ((r / T * K + h - H) * capacity + start + t) * D;
+                memcpy(b->keys + to, head, D * sizeof(float));
+                memcpy(b->values + to, v + (r * K + h - H) * D, D * sizeof(float));
+            }
+            #pragma omp barrier
+            for (int64_t i = w.id; i < m * H; i += w.team) {
+                int64_t r = i / H, end = start + r % T + 1, from = b->window && end > b->window ? end - b->window : 0;
+                int64_t at = ((r / T * K + i % H / (H / K)) * capacity + from) * D;
+                attend(q + i * D, b->keys + at, b->values + at, end - from, D, w.scores);
+            }
+            #pragma omp barrier
+            w.of = NULL;
+            apply(b->o, q, x, 1, &w);
+            #pragma omp barrier
+            for (int64_t r = 0; r < m; r++) normalize(x + r * C, b->mlp_norm, eps, C, w.x + r * C);
+            w.of = NULL;
+            apply(b->gate, w.x, gate, 0, &w), apply(b->up, w.x, up, 0, &w);
+            #pragma omp barrier
+            for (int64_t i = 0; i < m * I; i += 8) {
+                f32 g, u;
+                memcpy(&g, gate + i, 32), memcpy(&u, up + i, 32);
+                g = g / (1 + exponential(-g)) * u;
+                memcpy(w.x + i, &g, 32);
+            }
+            w.of = NULL;
+            apply(b->down, w.x, x, 1, &w);
+            #pragma omp barrier
+        }
+    }
+    for (int64_t r = 0; r < m; r++) normalize(x + r * C, norm, eps, C, x + r * C);
+    free(memory);
+    return 0;
 }
 """
 
@@ -566,7 +822,68 @@ def declare(library):
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.linear.argtypes = [pointer, pointer, integer, pointer]
     library.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, integer, integer, pointer]
+    library.gather.argtypes = [pointer, pointer, integer, pointer]
+    library.run_body.argtypes = [pointer, pointer, pointer, ctypes.c_float, pointer, ctypes.c_float, pointer]
     return library
+
+
+def c_layer(m):
+    """An nn.Linear, QuantLinear or LowRankLinear as the struct `layer` of KERNELS: an array of integers."""
+    if isinstance(m, LowRankLinear):
+        layer, first = c_layer(m.up), c_layer(m.down)
+        layer[8], layer.kept = ctypes.addressof(first), first
+        return layer
+    quantized = isinstance(m, QuantLinear)
+    tensors = (m.q, m.scales, m.offsets, m.bias) if quantized else (m.weight, None, None, m.bias)
+    return (ctypes.c_int64 * 9)(*(0 if t is None else t.data_ptr() for t in tensors), m.out_features, m.in_features,
+                                m.in_features // m.scales.shape[1] if quantized else m.in_features,
+                                m.bits if quantized else 32)
+
+
+def c_blocks(body, cache):
+    """What run_body of KERNELS is called with for a Body and a KVCache, and the objects it points to: ((table of
+    blocks, sizes), kept); None if it does not have such blocks."""
+    c, first = body.config, cache.keys[0]
+    parameters = list(body.parameters())
+    leaves = [m for m in body.layers.modules() if isinstance(m, (nn.Linear, QuantLinear))]
+    if (c.layer_norm or c.learned_positions or not c.gated or c.hidden_act != "silu" or body.training
+            or any(t.dtype != torch.float32 or not t.is_contiguous() or t.device.type != "cpu"
+                   for t in (first, *parameters))
+            or any(m.in_features % 32 for m in leaves if isinstance(m, QuantLinear))):
+        return None
+    table, kept = [], [parameters, list(body.buffers())]
+    for i, block in enumerate(body.layers):
+        a, mlp = block.self_attn, block.mlp
+        norms = [m.weight.data_ptr() if isinstance(m, RMSNorm) else 0
+                 for m in (block.input_layernorm, a.q_norm, a.k_norm, block.post_attention_layernorm)]
+        layers = [c_layer(m) for m in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, mlp.gate_proj, mlp.up_proj,
+                                       mlp.down_proj)]
+        kept.append(layers)
+        table += [*norms, *map(ctypes.addressof, layers), cache.keys[i].data_ptr(), cache.values[i].data_ptr(),
+                  c.window(i)]
+    widest = -(-max(n for m in leaves for n in (m.in_features, m.out_features)) // 32) * 32
+    sizes = [len(body.layers), len(first), 0, 0, first.shape[2], c.hidden_size, c.num_attention_heads,
+             c.num_key_value_heads, c.head_dim, c.intermediate_size, len(body.frequencies), widest]
+    return ((ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(sizes))(*sizes)), kept
+
+
+def run_in_c(body, x, cache):
+    """Whether KERNELS made of embedded tokens x (B, T, C), in place, the hidden states after all blocks and the norm,
+    behind what the cache holds. They do for a few tokens of a dense, low-rank or quantized model of the usual kind.
+    Layers that are replaced after the cache's first token are not seen, nor are hooks on them."""
+    B, T, _ = x.shape
+    if B * T >= 8 or torch.is_grad_enabled() or not in_c(x, body.norm.weight):
+        return False
+    if cache.in_c is None or cache.in_c[0] is not body:
+        cache.in_c = body, c_blocks(body, cache)
+    if cache.in_c[1] is None or B != len(cache.keys[0]) or cache.length + T > cache.keys[0].shape[2]:
+        return False
+    (table, sizes), _ = cache.in_c[1]
+    sizes[2:4] = T, cache.length
+    if kernels()[0].run_body(table, sizes, body.frequencies.data_ptr(), body.rotary_scale, body.norm.weight.data_ptr(),
+                             body.norm.eps, x.data_ptr()):
+        raise MemoryError("no memory for the activations of a token")
+    return True
 
 
 def in_c(x, parameter):
@@ -718,11 +1035,14 @@ class Body(nn.Module):
         T, start, c = ids.shape[1], cache.length if cache is not None else 0, self.config
         if start + T > c.max_position_embeddings and (c.learned_positions or c.rope["rope_type"] == "longrope"):
             raise UserError(f"{start + T} tokens are more than this model's window of {c.max_position_embeddings}")
+        x = self.embed_tokens(ids).to(self.norm.weight.dtype)                    # (B, T, C)
+        if cache is not None and segments is None and hidden is None and run_in_c(self, x, cache):
+            cache.length += T
+            return x
         positions = torch.arange(start, start + T, device=ids.device)[None]
         if segments is not None:                      # packed examples: positions count from each one's first token
             new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)                     # (B, T)
             positions = positions - (positions * new).cummax(dim=1).values
-        x = self.embed_tokens(ids).to(self.norm.weight.dtype)                    # (B, T, C)
         if c.learned_positions:
             x, rotary = x + self.embed_positions(positions), None
         else:
@@ -778,6 +1098,8 @@ class Transformer(nn.Module):
             raise UserError(f"{name} is of kind {kind!r}, which is not supported; supported: {', '.join(LAYERS)}")
         if not isinstance(old, (nn.Linear, nn.Embedding)) or self.config.tie_word_embeddings and name == "lm_head":
             raise UserError(f"compression has {entry!r}, but {name} is not a dense layer of its own")
+        if isinstance(old, nn.Embedding) and not issubclass(LAYERS[kind], QuantLinear):
+            raise UserError(f"compression has {entry!r}, but an embedding can only be quantized")
         if layer is None:
             n_out, n_in = old.weight.shape
             try:
@@ -851,6 +1173,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.length = 0
+        self.in_c = None                              # of which Body, and its blocks and these buffers as KERNELS see them
 
     def update(self, layer, k, v):
         """Writes k, v (B, K, T, D) behind what is there (Body moves `length` on) and returns all keys and values."""

@@ -1,0 +1,167 @@
+"""A token through all blocks in C (KERNELS, run_body) against the same model's Python, and drawing from probabilities."""
+import ctypes, shutil, subprocess
+
+import pytest
+import torch
+
+import model as model_module
+import sample
+from model import KERNELS, Config, KVCache, LowRankLinear, Transformer, declare, kernels
+
+SHAPES = {
+    "usual": {},
+    "odd sizes": dict(hidden_size=52, intermediate_size=70, head_dim=6, vocab_size=91),
+    "one key-value head": dict(num_key_value_heads=1),
+    "no grouping, tied": dict(num_key_value_heads=4, tie_word_embeddings=True),
+    "window": dict(sliding_window=5),
+    "biases, no q and k norm": dict(qk_norm=False, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "partial rotary": dict(rope=dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.5)),
+}
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    config = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=16, max_position_embeddings=64)
+    model = Transformer(Config(**{**config, **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * (0.3 if p.ndim > 1 else 0.5) + (p.ndim == 1) * 0.5)
+    return model
+
+
+def quantized(model, kind, **spec):
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            model.replace({"module": name, "kind": kind, **spec}, model_module.LAYERS[kind].from_dense(layer, **spec))
+    return model
+
+
+@torch.inference_mode()
+def in_pieces(model, ids, sizes, monkeypatch, c=True):
+    """Logits of ids (B, T), read in pieces of these sizes, and the cache."""
+    with monkeypatch.context() as patch:
+        if not c:
+            patch.setattr(model_module, "run_in_c", lambda *_: False)
+        cache = KVCache(model.config, len(ids), sum(sizes))
+        logits = torch.cat([model(piece, cache=cache) for piece in ids.split(sizes, dim=1)], dim=1)
+    assert not c or kernels()[0] is None or cache.in_c[1] is not None
+    return logits, cache
+
+
+def same(a, b):
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_token_in_c_is_the_models_own(shape, rows, monkeypatch):
+    model, sizes = build(**SHAPES[shape]), [9, 1, 1, 2, 7, 1, 3, 1]
+    ids = torch.randint(90, (rows, sum(sizes)), generator=torch.Generator().manual_seed(1))
+    (ours, cache), (expected, theirs) = (in_pieces(model, ids, sizes, monkeypatch, c) for c in (True, False))
+    same(ours, expected)
+    for mine, other in zip(cache.keys + cache.values, theirs.keys + theirs.values):
+        same(mine, other)
+
+
+@pytest.mark.parametrize("kind, spec", [("int8", {}), ("int4", {}), ("int4", {"asymmetric": True}), ("int4", {"group": 64})])
+def test_quantized_layers_in_c_agree_as_well_as_prefill_and_cache_do(kind, spec, monkeypatch):
+    """An ulp flips a rounding here and there: the distance of two paths is bounded by that of prefill and cache."""
+    model, ids = quantized(build(intermediate_size=128), kind, **spec), torch.randint(96, (1, 40))
+
+    def distance(a, b):
+        return (a.log_softmax(-1).exp() * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).mean()
+
+    with torch.inference_mode():
+        whole = model(ids)
+    ours, expected = (in_pieces(model, ids, [8] + [1] * 32, monkeypatch, c)[0] for c in (True, False))
+    assert distance(ours, expected) <= max(2 * distance(whole, expected), torch.tensor(1e-6))
+    assert distance(ours, expected) < 0.01
+
+
+@pytest.mark.parametrize("inner", [None, "int8"])
+def test_low_rank_layers(inner, monkeypatch):
+    model = build()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            u, s, v = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+            entry = {"module": name, "kind": "lowrank", "rank": 32}
+            model.replace(entry, LowRankLinear.from_factors((u * s)[:, :32].contiguous(), v[:32].contiguous(), layer.bias))
+    if inner:
+        model = quantized(model, inner)
+    sizes = [9, 1, 1, 3, 1]
+    ids = torch.randint(96, (2, sum(sizes)), generator=torch.Generator().manual_seed(1))
+    ours, expected = (in_pieces(model, ids, sizes, monkeypatch, c)[0] for c in (True, False))
+    same(ours, expected) if inner is None else torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.5)
+
+
+def test_threads_change_no_bit(monkeypatch):
+    model, ids, threads, results = build(hidden_size=256, intermediate_size=512), torch.randint(96, (1, 12)), [], []
+    before = torch.get_num_threads()
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        results.append(in_pieces(model, ids, [1] * 12, monkeypatch)[1])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0].keys + results[0].values, other.keys + other.values))
+
+
+@pytest.mark.parametrize("flags", [[], ["-march=native"]], ids=["portable", "no openmp"])
+def test_other_ways_to_compile(flags, tmp_path, monkeypatch):
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (tmp_path / "k.c").write_text(KERNELS, encoding="utf-8")
+    subprocess.run([compiler, "-O2", "-fPIC", "-shared", *flags, tmp_path / "k.c", "-o", tmp_path / "k.so", "-lm"], check=True)
+    library, ids = declare(ctypes.CDLL(str(tmp_path / "k.so"))), torch.randint(96, (1, 14))
+    for model in (build(), quantized(build(intermediate_size=128), "int8"), quantized(build(intermediate_size=128), "int4")):
+        expected = in_pieces(model, ids, [6, 1, 1, 6], monkeypatch)[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(model_module, "kernels", lambda: (library, "this one"))
+            torch.testing.assert_close(in_pieces(model, ids, [6, 1, 1, 6], monkeypatch)[0], expected, rtol=1e-3, atol=0.3)
+
+
+def test_what_stays_in_python():
+    """Gradients, training, several examples in a row, GPT-2's blocks, many tokens at once."""
+    if kernels()[0] is None:
+        pytest.skip(kernels()[1])
+    model, ids = build(), torch.randint(96, (1, 3))
+    cache = KVCache(model.config, 1, 20)
+    assert model(ids, cache=cache).requires_grad and cache.in_c is None
+    with torch.inference_mode():
+        model(torch.randint(96, (1, 8)), cache=cache)
+        assert cache.in_c is None
+        model.train()(ids, cache=cache)
+        assert cache.in_c[1] is None and cache.length == 14
+        gpt2 = build(layer_norm=True, gated=False, hidden_act="gelu_new", learned_positions=True, qk_norm=False)
+        cache = KVCache(gpt2.config, 1, 20)
+        assert gpt2(ids, cache=cache).isfinite().all() and cache.in_c[1] is None
+        with pytest.raises(RuntimeError):                                      # no room: the error that PyTorch gives
+            build()(ids, cache=KVCache(model.config, 1, 2))
+
+
+def test_a_quantized_table_has_no_other_rows():
+    if kernels()[0] is None:
+        pytest.skip(kernels()[1])
+    table = model_module.Int8Linear.from_dense(torch.nn.Linear(32, 10))
+    for id in (10, -1):
+        with pytest.raises(IndexError, match="10"):
+            table.rows(torch.tensor([[3, id]]))
+
+
+def test_draw_follows_the_probabilities():
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 7.0]])
+    ids = torch.stack([sample.draw(probs, torch.Generator().manual_seed(i))[:, 0] for i in range(4000)])
+    counts = torch.bincount(ids[:, 0], minlength=6)
+    expected = probs[0] * 4000
+    assert (ids[:, 1] == 5).all() and counts[[0, 2, 5]].sum() == 0
+    assert ((counts - expected)[[1, 3, 4]] ** 2 / expected[[1, 3, 4]]).sum() < 13.8              # chi-square, p = 0.001
+
+
+def test_top_p_equals_sorting_everything():
+    logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 1, 2, 4, 8])[:, None]
+    for p in (0.1, 0.9, 0.999):
+        probs, order = logits.softmax(-1).sort(descending=True)
+        kept = probs * (probs.cumsum(-1) - probs < p)
+        expected = torch.zeros_like(probs).scatter(1, order, kept / kept.sum(-1, keepdim=True))
+        torch.testing.assert_close(sample.next_probs(logits, None, top_p=p), expected, rtol=1e-4, atol=1e-7)
