@@ -205,16 +205,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x):
         if not x.requires_grad and in_c(x, self.bias):
-            return self.multiply(kernels()[0], x)
+            return multiply(kernels()[0], self.described(), x)
         return F.linear(x, self.dense().to(x.dtype), self.bias)
-
-    def multiply(self, library, x):
-        """x (..., in) float32 @ weight^T + bias by KERNELS: (..., out)."""
-        x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.out_features)
-        if library.linear(self.described(), x.data_ptr(), x.numel() // self.in_features, y.data_ptr()):
-            raise MemoryError("no memory for the activations of a quantized layer")
-        return y
 
     def described(self):
         """What KERNELS call a layer; made anew when the tensors have moved."""
@@ -489,6 +481,19 @@ INLINE void by_float_row(const layer *l, const float *x, int64_t n, int height, 
         y[n + c] = total(sum[c]) + rest[c] + (l->bias ? l->bias[n + c] : 0) + (add ? y[n + c] : 0);
 }
 
+/* m rows of x, or of what they are rounded to, times rows n ... end - 1 of the weight. */
+static void by_rows(const layer *l, const float *x, rounded a, int64_t m, int64_t n, int64_t end, float *y, int add) {
+    for (; n < end; n += 4) for (int64_t r = 0; r < m; r++) {
+        if (end - n >= 4 && l->bits == 32) by_float_row(l, x + r * l->k, n, 4, y + r * l->n, add);
+        else if (end - n >= 4 && l->bits == 8) by_row(l, a, r, n, 4, 8, y, add);
+        else if (end - n >= 4) by_row(l, a, r, n, 4, 4, y, add);
+        else for (int64_t c = n; c < end; c++)
+            if (l->bits == 32) by_float_row(l, x + r * l->k, c, 1, y + r * l->n, add);
+            else if (l->bits == 8) by_row(l, a, r, c, 1, 8, y, add);
+            else by_row(l, a, r, c, 1, 4, y, add);
+    }
+}
+
 static void fill(const layer *l, int64_t groups, int64_t n, panel p) {
     for (int64_t c = 0; c < 16; c++) {
         int64_t row = n + c < l->n ? n + c : l->n - 1;
@@ -562,14 +567,14 @@ int gather(const layer *l, const int64_t *ids, int64_t m, float *y) {
 int linear(const layer *l, const float *x, int64_t m, float *y) {
     int64_t groups = (l->k + 31) / 32;
     if (!m) return 0;
-    int panels = m >= 8 || l->k % 32, failed = 0;          /* by_row would read past the end of an odd last row */
+    int panels = l->bits < 32 && (m >= 8 || l->k % 32), failed = 0;    /* by_row would read past an odd last row's end */
     char *memory = aligned_alloc(64, (m * groups * 72 + 128) / 64 * 64);
     if (!memory) return 1;
     rounded a = {(int16_t *)memory, (float *)(memory + m * groups * 64), (float *)(memory + m * groups * 68), groups};
     #pragma omp parallel if (m * l->n * l->k > 100000)
     {
         #pragma omp for
-        for (int64_t r = 0; r < m; r++) quantize(x, l, a, r, panels);
+        for (int64_t r = 0; r < (l->bits < 32 ? m : 0); r++) quantize(x, l, a, r, panels);
         char *buffer = panels ? aligned_alloc(64, groups * 1152) : NULL;
         panel p = {0};
         if (buffer) {
@@ -580,14 +585,11 @@ int linear(const layer *l, const float *x, int64_t m, float *y) {
         }
         #pragma omp for
         for (int64_t n = 0; n < l->n; n += 16) {
-            int64_t r = 0, end = n + 16 < l->n ? n + 16 : l->n, c = n;
+            int64_t r = 0, end = n + 16 < l->n ? n + 16 : l->n;
             if (buffer) fill(l, groups, n, p);
             for (; buffer && r + 6 <= m; r += 6) by_panel(l, a, r, p, n, 6, y);
             for (; buffer && r < m; r++) by_panel(l, a, r, p, n, 1, y);
-            for (; !panels && c + 4 <= end; c += 4) for (r = 0; r < m; r++)
-                if (l->bits == 8) by_row(l, a, r, c, 4, 8, y, 0); else by_row(l, a, r, c, 4, 4, y, 0);
-            for (; !panels && c < end; c++) for (r = 0; r < m; r++)
-                if (l->bits == 8) by_row(l, a, r, c, 1, 8, y, 0); else by_row(l, a, r, c, 1, 4, y, 0);
+            if (!panels) by_rows(l, x, a, m, n, end, y, 0);
         }
         free(buffer);
     }
@@ -627,16 +629,7 @@ static void apply(const layer *l, const float *x, float *y, int add, own *w) {
         w->of = x, w->bits = l->bits;
     }
     int64_t fours = (l->n + 3) / 4, n = fours * w->id / w->team * 4, end = fours * (w->id + 1) / w->team * 4;
-    for (; n < end; n += 4) for (int64_t r = 0; r < w->m; r++) {
-        int64_t height = l->n - n < 4 ? l->n - n : 4, c = 0;
-        if (height == 4 && l->bits == 32) by_float_row(l, x + r * l->k, n, 4, y + r * l->n, add);
-        else if (height == 4 && l->bits == 8) by_row(l, w->a, r, n, 4, 8, y, add);
-        else if (height == 4) by_row(l, w->a, r, n, 4, 4, y, add);
-        else for (; c < height; c++)
-            if (l->bits == 32) by_float_row(l, x + r * l->k, n + c, 1, y + r * l->n, add);
-            else if (l->bits == 8) by_row(l, w->a, r, n + c, 1, 8, y, add);
-            else by_row(l, w->a, r, n + c, 1, 4, y, add);
-    }
+    by_rows(l, x, w->a, w->m, n, end < l->n ? end : l->n, y, add);
 }
 
 /* A head's q or k (D): normalized, and channels i and i + R turned by the angles of its position. */
@@ -783,7 +776,7 @@ def kernels():
     probe = Int4Linear.from_integers(weight.to(torch.int8), torch.ones(20, 2, dtype=torch.float16, device="cpu"))
     x = torch.arange(8 * 64, dtype=torch.float32, device="cpu").sin().view(8, 64)
     for rows in (x[:1], x):                           # an instruction set we could not test on must not go unnoticed
-        if not (probe.multiply(library, rows) - rows @ probe.dense().T).abs().max() < 1:
+        if not (multiply(library, c_layer(probe), rows) - rows @ probe.dense().T).abs().max() < 1:
             return None, slow + "the compiled kernels failed their check on this CPU"
     return library, "compiled C, activations rounded to 8 bits in groups of 32"
 
@@ -838,6 +831,15 @@ def c_layer(m):
     return (ctypes.c_int64 * 9)(*(0 if t is None else t.data_ptr() for t in tensors), m.out_features, m.in_features,
                                 m.in_features // m.scales.shape[1] if quantized else m.in_features,
                                 m.bits if quantized else 32)
+
+
+def multiply(library, layer, x):
+    """x (..., in) float32 @ weight^T + bias, (..., out), by KERNELS; `layer` is what c_layer made."""
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], layer[4])
+    if library.linear(layer, x.data_ptr(), x.numel() // layer[5], y.data_ptr()):
+        raise MemoryError("no memory for the activations of a layer")
+    return y
 
 
 def c_blocks(body, cache):
@@ -1111,19 +1113,23 @@ class Transformer(nn.Module):
         self.compression.append(entry)
         self.tie_weights()
 
-    def forward(self, ids, cache=None, segments=None, last_only=False, head=True, hidden=None):
+    def forward(self, ids, cache=None, segments=None, last=0, head=True, hidden=None):
         """Logits (B, T, V) for ids (B, T); position t predicts token t + 1.
 
         cache      KVCache holding the tokens before ids; it is extended by them
         segments   (B, T) integers, equal within one example: attention and positions restart where they change
-        last_only  logits of the last position only: (B, 1, V)
+        last       logits of so many last positions only: (B, last, V)
         head       False gives the final hidden states (B, T, C), for losses that never hold all the logits
         hidden     a list; the residual stream before each layer and after the last, (B, T, C) each, is appended to it
         """
         x = self.model(ids, cache, segments, hidden)
-        if last_only:
-            x = x[:, -1:]
-        return self.lm_head(x) if head else x
+        x = x[:, -last:]
+        if not head:
+            return x
+        if (1 < x.shape[0] * x.shape[1] < 8 and type(self.lm_head) is nn.Linear and not torch.is_grad_enabled()
+                and in_c(x, self.lm_head.weight) and self.lm_head.weight.is_contiguous()):   # it is read once for all rows
+            return multiply(kernels()[0], c_layer(self.lm_head), x)
+        return self.lm_head(x)
 
     @torch.no_grad()
     def initialize(self, generator=None):

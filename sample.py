@@ -5,7 +5,9 @@
     echo "class Stack:" | python sample.py out --max-new-tokens 300 --seed 7
     python sample.py out --file notes.txt --temperature 0
     python sample.py out-faq --chat                        # a model trained on prompts and responses
-    python sample.py out-exits --self-draft 1              # its first layer guesses, all layers check: the same text
+    python sample.py out --draft out-small                 # the small one guesses, the large one checks: the same text
+    python sample.py out --lookup --file notes.txt         # the text so far guesses
+    python sample.py out-small --escalate out              # the small one writes, but for what it is unsure of
 
 Text goes to standard output as it is made; what was chosen and how fast it went goes to standard error.
 """
@@ -25,13 +27,17 @@ from model import KVCache, QuantLinear, kernels, load, whole
 # Score: how well a model predicts a text
 
 @torch.no_grad()
-def token_losses(model, batch):
-    """-log p of each target in nats, (B, T) float32; 0 where the target is ignored."""
+def at_positions(model, batch, function):
+    """function(logits (n, V) float32, targets (n,)) -> (n,) at all positions of a batch, a part at a time: (B, T)."""
     x = model(batch.ids, segments=batch.segments, head=False).flatten(0, 1)                  # (B * T, C)
     rows = max(1, 2 ** 21 // model.config.vocab_size)         # all logits at once would not fit the cache or the memory
-    losses = [F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
-              for h, t in zip(x.split(rows), batch.targets.flatten().split(rows))]
-    return torch.cat(losses).view(batch.targets.shape)
+    parts = zip(x.split(rows), batch.targets.flatten().split(rows))
+    return torch.cat([function(model.lm_head(h).float(), t) for h, t in parts]).view(batch.targets.shape)
+
+
+def token_losses(model, batch):
+    """-log p of each target in nats, (B, T) float32; 0 where the target is ignored."""
+    return at_positions(model, batch, functools.partial(F.cross_entropy, reduction="none"))
 
 
 def score(model, batches, token_bytes):
@@ -66,7 +72,7 @@ def next_token(logits, seen, generator=None, temperature=1.0, repetition_penalty
     if temperature < 1e-5:
         return penalized(logits.float(), seen, repetition_penalty).argmax(-1, keepdim=True)
     probs = next_probs(logits, seen, temperature, repetition_penalty=repetition_penalty, **sampling)
-    return torch.multinomial(probs, 1, generator=generator)
+    return draw(probs, generator)
 
 
 def penalized(logits, seen, penalty):
@@ -93,10 +99,22 @@ def next_probs(logits, seen, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, rep
     if min_p > 0:
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
     if top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)          # probability of all likelier ids
-        logits = logits.scatter(1, order, ordered.masked_fill(before >= top_p, -math.inf))
+        probs, k, enough = logits.softmax(-1), 64, False
+        while not enough:                                      # to sort all ids would take longer than a small model
+            top, order = probs.topk(min(k, probs.shape[-1]))
+            before = top.cumsum(-1) - top                      # probability of all likelier ids
+            k, enough = 8 * k, k >= probs.shape[-1] or bool((before[:, -1] >= top_p).all())
+        probs = torch.zeros_like(probs).scatter(1, order, top.masked_fill(before >= top_p, 0.0))
+        return probs / probs.sum(-1, keepdim=True)
     return logits.softmax(-1)
+
+
+def draw(probs, generator=None):
+    """One id per row, (B, 1), by probabilities (B, V): where a random waiting time at the rate of the probability ends
+    first. Like torch.multinomial, but much sooner; and from similar probabilities the same random numbers mostly draw
+    the same id, which `speculate` lives on."""
+    waiting = -torch.rand(probs.shape, generator=generator, device=probs.device).log_() / probs                # (B, V)
+    return waiting.argmin(-1, keepdim=True)
 
 
 @torch.inference_mode()
@@ -110,24 +128,26 @@ def generate(model, ids, max_new_tokens, stop=(), vocab_size=None, generator=Non
     window = config.max_position_embeddings
     if ids.shape[1] == 0:
         raise ValueError("the prompt has no tokens")
-    seen = ids.to(device)
-    stop = torch.tensor(sorted(stop), device=device)
-    stopped = torch.zeros(len(ids), dtype=torch.bool, device=device)
-    cache, unread = None, seen[:, -window:]
+    ids = ids.to(device)
+    n, text = ids.shape[1], F.pad(ids, (0, max_new_tokens))                    # (B, n + max_new_tokens)
+    stopped, cache, unread = [False] * len(ids), None, ids[:, -window:]
     for i in range(max_new_tokens):
         if cache is None or cache.length + unread.shape[1] > window:
             if cache is not None:
-                unread = seen[:, -max(1, window // 2):]
+                unread = text[:, n - max(1, window // 2):n]
             cache = KVCache(config, len(ids), min(window, unread.shape[1] + max_new_tokens - i), device, model.dtype)
-        logits = model(unread, cache=cache, last_only=True)[:, -1]             # (B, V)
-        logits[:, vocab_size or config.vocab_size:] = -math.inf
-        unread = next_token(logits, seen, generator=generator, **sampling)     # (B, 1)
-        if len(stop):
-            unread = torch.where(stopped[:, None], seen[:, -1:], unread)
-            stopped |= torch.isin(unread[:, 0], stop)
-        seen = torch.cat((seen, unread), dim=1)
+        logits = model(unread, cache=cache, last=1)[:, -1]                     # (B, V)
+        if (vocab_size or config.vocab_size) < config.vocab_size:
+            logits[:, vocab_size:] = -math.inf
+        unread = next_token(logits, text[:, :n], generator=generator, **sampling)                  # (B, 1)
+        if stop:
+            if any(stopped):
+                unread = torch.where(torch.tensor(stopped, device=device)[:, None], text[:, n - 1:n], unread)
+            stopped = [row in stop for row in unread[:, 0].tolist()]
+        text[:, n] = unread[:, 0]
+        n += 1
         yield unread[:, 0]
-        if len(stop) and stopped.all():
+        if all(stopped):
             return
 
 
@@ -140,55 +160,198 @@ def first_layers(model, k):
     return exit
 
 
-@torch.inference_mode()
-def speculate(model, draft, ids, max_new_tokens, stop=(), vocab_size=None, generator=None, counts=None, gamma=4,
-              **sampling):
-    """`generate` for one prompt, ids (1, T): `draft` guesses up to gamma tokens, and `model` reads them all at once.
+class Reader:
+    """A model that follows a growing text: it reads in one pass what it has not read, and forgets what was taken back.
 
-    A guess x is taken with probability min(1, p(x) / q(x)), p the model's and q the draft's; the first that is not is
-    drawn from max(0, p - q) instead. So tokens are distributed as the model's own, and at temperature 0 are its own
-    (Leviathan et al., 2023; with the model's own first layers: LayerSkip, Elhoushi et al., 2024).
-    counts  a Counter: "guessed" and "taken" are added up in it
+    When its window is full, the last half of that is read again, as in `generate`.
     """
-    device, window, seen = next(model.parameters()).device, model.config.max_position_embeddings, ids
-    seen, n, end, counts = ids.to(device), ids.shape[1], ids.shape[1] + max_new_tokens, {} if counts is None else counts
-    counts.setdefault("guessed", 0), counts.setdefault("taken", 0)
+    def __init__(self, model, longest, vocab_size=None):
+        self.model, self.longest, self.vocab_size = model, longest, vocab_size or model.config.vocab_size
+        self.window, self.start, self.cache, self.read = model.config.max_position_embeddings, 0, None, 0
 
-    def read(m, cache, text, count):
-        """Probabilities of the id after each of the last `count` positions of a text: (count, V)."""
-        logits = m.lm_head(m(text[:, start + cache.length:], cache=cache, head=False)[0, -count:]).float()
-        logits[:, vocab_size or m.config.vocab_size:] = -math.inf
-        return torch.cat([next_probs(row[None], text[:, :text.shape[1] - count + 1 + i], **sampling)
-                          for i, row in enumerate(logits)])
+    def logits(self, text, count=1):
+        """float32 (count, V): what follows each of the last `count` tokens of text (1, n), n <= longest. They are read
+        in any case; of those before, what was read stays read."""
+        n, half, start = text.shape[1], max(1, self.window // 2), self.start
+        if self.cache is None or n - count < start:
+            start = max(0, n - self.window)
+        while n - start > self.window:                           # where `generate` would have begun again
+            start += self.window + 1 - half
+        if self.cache is None or start != self.start:
+            self.start, room = start, min(self.window, self.longest - start)
+            self.cache = KVCache(self.model.config, 1, room, text.device, self.model.dtype)
+        self.cache.length = min(self.cache.length, n - count - self.start)
+        new = text[:, self.start + self.cache.length:]
+        self.read += new.shape[1]
+        logits = self.model(new, cache=self.cache, last=count)[0].float()
+        if self.vocab_size < logits.shape[1]:
+            logits[:, self.vocab_size:] = -math.inf
+        return logits
 
-    start, caches = max(0, n - window), None
+
+def guesses(reader, text, count, **sampling):
+    """The next `count` ids (a list) as a smaller model would draw them."""
+    n = text.shape[1]
+    for _ in range(count):
+        text = torch.cat((text, next_token(reader.logits(text), text, **sampling)), dim=1)
+    return text[0, n:].tolist()
+
+
+class Lookup:
+    """Guesses that a text goes on as after the latest place where its last three tokens, or two, stood before (prompt
+    lookup: Saxena, 2023; Yang et al., 2023). A repetition is guessed to go on."""
+    def __init__(self):
+        self.ids, self.ends = [], {}                             # ends: {two or three ids: where they ended last}
+
+    def __call__(self, text, count):
+        """The next ids, a list of `count`, or [] if its end stood nowhere before. Each call's text begins with the last
+        one's."""
+        for i in text[0, len(self.ids):].tolist():
+            n = len(self.ids)
+            self.ends.update({tuple(self.ids[n - k:]): n for k in (2, 3) if n >= k})
+            self.ids.append(i)
+        n = len(self.ids)
+        end = next((e for k in (3, 2) if (e := self.ends.get(tuple(self.ids[-k:])))), n)
+        return [self.ids[end + i % (n - end)] for i in range(count)] if end < n else []
+
+
+class Pace:
+    """How many tokens to guess: as many as give the most tokens per second by the refusals and times so far, and none
+    where plain decoding is faster. Totals, without the pass that reads the prompt: guessed, taken, refused, tokens and
+    seconds; alone: of passes without guesses, (how many, seconds)."""
+    START, MOST, AGAIN = (4, 0, 0, 0, 4), 6, 16                  # the draft reads the prompt, then both ways are timed;
+    #                                                              KERNELS read up to 7 tokens at once
+    def __init__(self):
+        self.guessed = self.taken = self.refused = self.tokens = self.seconds = self.passes = 0
+        self.alone, self.g = (0, 0.0), self.START[0]
+        self.right, self.wrong, self.wait = 4.0, 1.0, self.AGAIN         # taken and refused of late: text changes
+        # seconds of a pass that reads one token; of making a guess; by which checking one makes a pass longer
+        self.plain, self.guess, self.check = (collections.deque(maxlen=9) for _ in range(3))
+
+    def best(self, right, wrong):
+        """(g, x): with g guesses it is fastest, x times plain decoding. A pass that checks g guesses, each right with
+        probability a if those before were, gives (1 - a^(g + 1)) / (1 - a) tokens (Leviathan et al., 2023)."""
+        plain, guess, check = (statistics.median(times or [0]) for times in (self.plain, self.guess, self.check))
+        tokens, best = 0.0, (0, 1.0)
+        for g in range(self.MOST + 1):
+            tokens += (right / (right + wrong)) ** g
+            best = max(best, (g, tokens * plain / (plain + g * (guess + check))), key=lambda pair: pair[1])
+        return best
+
+    def __call__(self):
+        """How many tokens to guess now."""
+        self.passes += 1
+        if self.passes <= len(self.START):
+            return self.START[self.passes - 1]
+        if self.g:
+            self.wait = self.AGAIN
+            return self.g if self.passes % self.AGAIN else 0     # is it still faster than plain?
+        if self.passes % self.wait:
+            return 0
+        self.wait = min(2 * self.wait, 16 * self.AGAIN)          # to try again costs: ever more seldom
+        return self.START[0]
+
+    def note(self, asked, guessed, fresh, taken, guessing, reading):
+        """What a pass gave: numbers of tokens, and seconds."""
+        refused = int(taken < min(guessed, fresh))
+        self.guessed, self.taken, self.refused = self.guessed + guessed, self.taken + taken, self.refused + refused
+        self.tokens, self.seconds = self.tokens + fresh, self.seconds + guessing + reading
+        if guessed:
+            self.right, self.wrong = 0.9 * self.right + taken, 0.9 * self.wrong + refused
+        if self.passes > 1 and not asked:
+            self.plain.append(reading)
+            self.alone = self.alone[0] + 1, self.alone[1] + reading
+        elif self.plain and guessed:
+            self.guess.append(guessing / guessed)
+            self.check.append(max(0.0, reading - statistics.median(self.plain)) / guessed)
+        if self.plain and (guessed or not self.passes % self.AGAIN):         # not each time: that is time, too
+            self.g, _ = self.best(self.right, self.wrong)
+
+    def __str__(self):
+        if not self.guessed or not self.plain:
+            return "too little was guessed to tell what it gains"
+        passes, seconds = self.alone
+        gain, bound = self.tokens / self.seconds * seconds / passes, self.best(self.taken, self.refused)[1]
+        return (f"{self.taken / self.guessed:.0%} of {self.guessed} guessed tokens were taken; {gain:.2f} x plain "
+                f"decoding, measured in between; so many taken at these costs allow {bound:.2f} x")
+
+
+@torch.inference_mode()
+def speculate(model, draft, ids, max_new_tokens, stop=(), vocab_size=None, generator=None, pace=None, **sampling):
+    """`generate` for one prompt, ids (1, T), token for token: `draft` guesses some, and `model` reads them all at once
+    (Leviathan et al., 2023; with the model's own first layers: LayerSkip, Elhoushi et al., 2024).
+
+    draft   a smaller model with the same ids, or None: Lookup guesses
+    pace    a Pace, for its counts
+
+    Each token is drawn from the model's own distribution with the random numbers that `generate` would use, and a guess
+    is taken if it is that token. The draft draws with the same numbers, so both mostly find the same one where their
+    distributions agree (Daliri et al., 2025). Rejection sampling takes some guesses more, but there the text depends on
+    the draft and on how many it guesses; here (in float32) it does not, so that the pace may follow the clock.
+    """
+    device, clock, pace = next(model.parameters()).device, time.perf_counter, pace or Pace()
+    n, generator, ids = ids.shape[1], generator or torch.Generator(device), ids.to(device)
+    end, text = n + max_new_tokens, F.pad(ids, (0, max_new_tokens))            # (1, end)
+    target = Reader(model, end, vocab_size)
+    guess = Lookup() if draft is None else functools.partial(
+        guesses, Reader(draft, end, vocab_size), generator=generator, **sampling)
+    likeliest = sampling.get("temperature", 1.0) < 1e-5 and sampling.get("repetition_penalty", 1.0) == 1.0
     while n < end:
-        if caches is None or n - start > window:                # full: the last half is read again, as in generate
-            start = start if caches is None else n - max(1, window // 2)
-            room = min(window, end - start)
-            caches = [KVCache(m.config, 1, room, device, m.dtype) for m in (draft, model)]
-        text, q = seen, []
-        for _ in range(min(gamma, end - n - 1, window - (n - start))):
-            q.append(read(draft, caches[0], text, 1))
-            text = torch.cat((text, torch.multinomial(q[-1], 1, generator=generator)), dim=1)
-        p, fresh = read(model, caches[1], text, len(q) + 1), []
-        for i in range(len(q) + 1):
-            x = text[0, n + i] if i < len(q) else None
-            taken = i < len(q) and torch.rand((), generator=generator, device=device) * q[i][0, x] < p[i, x]
-            if not taken:
-                rest = (p[i] - q[i][0]).clamp(min=0) if i < len(q) else p[i]
-                x = torch.multinomial(rest if rest.sum() > 0 else p[i], 1, generator=generator)[0]
+        start, prompt, guessed, fresh = clock(), target.cache is None, [], []
+        asked = 0 if prompt else max(0, min(pace(), end - n - 1, target.window - (n - target.start)))
+        if asked:
+            state = generator.get_state()
+            guessed = guess(text[:, :n], asked)
+            generator.set_state(state)
+            text[0, n:n + len(guessed)] = torch.tensor(guessed, device=device)
+        middle = clock()
+        rows = target.logits(text[:, :n + len(guessed)], len(guessed) + 1)
+        own = rows.argmax(-1).tolist() if likeliest else (
+            int(next_token(row[None], text[:, :n + i], generator=generator, **sampling)) for i, row in enumerate(rows))
+        for x, its in zip(own, [*guessed, None]):                # up to the first that is not as guessed
             fresh.append(x)
-            yield x[None]
-            if int(x) in stop:
-                return
-            if not taken:
+            if x != its or x in stop:
                 break
-        counts["guessed"], counts["taken"] = counts["guessed"] + len(q), counts["taken"] + len(fresh) - 1
-        seen = torch.cat((seen, torch.stack(fresh)[None]), dim=1)
-        n = seen.shape[1]
-        for cache in caches:                                    # what was not taken is forgotten
-            cache.length = min(cache.length, n - 1 - start)
+        new = torch.tensor(fresh, device=device)
+        text[0, n:n + len(fresh)] = new
+        n += len(fresh)
+        if not prompt:
+            pace.note(asked, len(guessed), len(fresh), sum(map(int.__eq__, fresh, guessed)), middle - start,
+                      clock() - middle)
+        yield from new[:, None]
+        if fresh[-1] in stop:
+            return
+
+
+def lead(logits):
+    """By how much the likeliest id leads the second, in probability: logits (..., V) to (...)."""
+    top = logits.softmax(-1).topk(2).values
+    return top[..., 0] - top[..., 1]
+
+
+@torch.inference_mode()
+def cascade(small, big, ids, max_new_tokens, margin, stop=(), vocab_size=None, generator=None, counts=None, **sampling):
+    """`generate` for one prompt, ids (1, T), by two models with the same ids: `small` writes, and each token whose lead
+    is below `margin` is left to `big`, which first reads, in one pass, all that it has not read.
+
+    big     None: small writes alone, and its leads are counted
+    counts  a Counter: "tokens", their "lead" in sum, those "escalated", and what the big one "read", are added up in it
+    """
+    device, counts = next(small.parameters()).device, collections.Counter() if counts is None else counts
+    text, end = ids.to(device), ids.shape[1] + max_new_tokens
+    readers = [model and Reader(model, end, vocab_size) for model in (small, big)]
+    while text.shape[1] < end:
+        logits = readers[0].logits(text)
+        sure = float(lead(logits))
+        counts.update(tokens=1, lead=sure)
+        if big is not None and sure < margin:
+            before, logits = readers[1].read, readers[1].logits(text)
+            counts.update(escalated=1, read=readers[1].read - before)
+        new = next_token(logits, text, generator=generator, **sampling)         # (1, 1)
+        text = torch.cat((text, new), dim=1)
+        yield new[:, 0]
+        if int(new) in stop:
+            return
 
 
 def pieces(tokenizer, ids, stop=()):
@@ -201,9 +364,9 @@ def pieces(tokenizer, ids, stop=()):
     yield decoder.decode(b"", final=True)
 
 
-def speak(tokenizer, ids):
-    """Prints the text of a stream of ids as it comes, up to the end token; returns it."""
-    said = []
+def speak(tokenizer, ids, said=None):
+    """Prints the text of a stream of ids as it comes, up to the end token; returns it. said: a list for the pieces."""
+    said = [] if said is None else said
     for text in pieces(tokenizer, ids, tokenizer.eos_ids):
         print(text, end="", flush=True)
         said.append(text)
@@ -211,14 +374,13 @@ def speak(tokenizer, ids):
     return "".join(said)
 
 
-def continuations(model, tokenizer, prompt, samples=1, seed=None, draft=None, **options):
-    """Lists of new ids, one per sample, for a text. `options` as in generate (with a draft: speculate), next_probs."""
+def continuations(model, tokenizer, prompt, samples=1, seed=None, write=generate, **options):
+    """Lists of new ids, one per sample, for a text. `options` as in `write`, which does what generate does."""
     ids = tokenizer.encode(prompt, special=True, bos=True) or [tokenizer.eos_id]     # nothing: the start of a document
     device = next(model.parameters()).device
     generator = torch.Generator(device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     batch = torch.tensor([ids], device=device).expand(samples, -1)
-    write = generate if draft is None else functools.partial(speculate, draft=draft)
     return write(model, ids=batch, stop=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size, generator=generator,
                  **options)
 
@@ -266,11 +428,13 @@ def compare(models, batches, token_bytes):
     return result
 
 
-def speed(models, prompt_tokens=256, new_tokens=64, batch_size=1, rounds=5, clock=time.perf_counter):
-    """How fast each of `models` ({name: model}, the first is the baseline) goes through `generate`, likeliest token
-    first, as a user's text does: {name: {...}}. The models take turns, `rounds` times after one turn to warm up, so
-    that a slow moment of the machine meets all. Medians over the rounds; *_x are medians of each round's ratio to the
-    baseline's.
+def speed(models, prompt_tokens=256, new_tokens=64, batch_size=1, rounds=5, clock=time.perf_counter, prompt=None,
+          writers=None):
+    """How fast each of `models` ({name: model}, the first is the baseline) goes through `generate`, or what `writers`
+    ({name: function}) has instead, likeliest token first, as a user's text does: {name: {...}}. It continues `prompt`,
+    ids (B, T), or random ones, as no kernel here is faster for one text than for another. The models take turns,
+    `rounds` times after one turn to warm up, so that a slow moment of the machine meets all. Medians over the rounds;
+    *_x are medians of each round's ratio to the baseline's.
 
     prefill_tokens_per_s    batch_size x prompt_tokens over the time to the first new token
     decode_tokens_per_s     batch_size x new_tokens over the time from there to the last; prefill has no part in it
@@ -288,7 +452,8 @@ def speed(models, prompt_tokens=256, new_tokens=64, batch_size=1, rounds=5, cloc
     taken = {name: [] for name in models}
     for i in range(1 + rounds):
         for name, model in models.items():
-            turn = one_turn(model, prompt_tokens, new_tokens, batch_size, clock)
+            ids = random_ids(model, batch_size, prompt_tokens) if prompt is None else prompt
+            turn = one_turn((writers or {}).get(name, functools.partial(generate, model)), ids, new_tokens, clock)
             if i:
                 taken[name].append(turn)
     result, median = {}, statistics.median
@@ -311,13 +476,16 @@ def speed(models, prompt_tokens=256, new_tokens=64, batch_size=1, rounds=5, cloc
 Turn = collections.namedtuple("Turn", "first waits joules")      # seconds to the first token; to each later one, [...]
 
 
-def one_turn(model, prompt_tokens, new_tokens, batch_size, clock):
-    """The Turn of one prompt: random ids, as no kernel here is faster for one text than for another."""
-    device, vocab = next(model.parameters()).device, model.config.vocab_size
-    prompt = torch.randint(vocab, (batch_size, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    counters = energy_counters(device)
+def random_ids(model, *shape):
+    ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    return ids.to(next(model.parameters()).device)
+
+
+def one_turn(write, prompt, new_tokens, clock):
+    """The Turn of one prompt, ids (B, T), continued by `write`."""
+    counters = energy_counters(prompt.device)
     stamps, start = [clock()], None
-    for new in generate(model, prompt, new_tokens + 1, temperature=0):
+    for new in write(prompt, new_tokens + 1, temperature=0):
         new.tolist()                                             # as a reader needs it: the device must have finished
         stamps.append(clock())
         if start is None:
@@ -391,7 +559,9 @@ def generate_alone(directory, device, dtype, threads, prompt_tokens, new_tokens,
     torch.set_num_threads(threads)
     device = torch.device(device)
     before = memory_peak(device)
-    one_turn(load(directory, device, getattr(torch, dtype)), prompt_tokens, new_tokens, batch_size, time.perf_counter)
+    model = load(directory, device, getattr(torch, dtype))
+    one_turn(functools.partial(generate, model), random_ids(model, batch_size, prompt_tokens), new_tokens,
+             time.perf_counter)
     return json.dumps([before, memory_peak(device)])
 
 
@@ -447,6 +617,65 @@ def measure(models, batches, token_bytes, directories=None, other_text=None, pro
     return rows
 
 
+def leads(model, batch):
+    """`lead` at each position of a batch, (B, T); infinite where there is nothing to be predicted."""
+    return at_positions(model, batch, lambda logits, targets: lead(logits).where(targets >= 0, math.inf))
+
+
+def margin_for(share, sure):
+    """The margin by which `cascade` hands over this share (0 to 1) of tokens, whose leads are `sure`."""
+    found = sure[sure < math.inf].sort().values
+    return float(found[min(int(share * len(found)), len(found) - 1)])
+
+
+def cascade_curve(small, big, batches, token_bytes, shares):
+    """What `cascade` makes of a text if it hands over a share of its tokens: for each of `shares` a dict, `figures` and
+
+    share, margin     handed over, and the margin that does it
+    big_reads         share of the tokens that the big model reads: in each window up to the last one handed over. A
+                      cascade saves passes of the big model, and thus time, but hardly any multiplications
+    multiplications   per token: matrices of the small model, and those of the big one for what it reads
+    """
+    rows, device, token_bytes = [], next(small.parameters()).device, torch.as_tensor(token_bytes)
+    for batch in batches:
+        batch = type(batch)(*(None if t is None else t.to(device) for t in batch))
+        rows.append([t.cpu() for t in (leads(small, batch), token_losses(small, batch), token_losses(big, batch),
+                                       batch.targets)])
+    sure, nats, its, targets = map(torch.cat, zip(*rows))        # (windows, T) each
+    learned, result = targets >= 0, []
+    n_bytes = token_bytes[targets[learned]].sum()
+    for share in shares:
+        over = sure < (margin := margin_for(share, sure))
+        reads = float((over * torch.arange(1, over.shape[1] + 1)).amax(1).sum() / over.numel())
+        result.append({"share": share, "margin": margin, "big_reads": reads,
+                       "multiplications": small.matmul_parameters() + reads * big.matmul_parameters(),
+                       **figures(torch.where(over, its, nats).double().sum(), learned.sum(), n_bytes)})
+    return result
+
+
+def cascade_rows(models, rows, batches, token_bytes, shares=(0.1, 0.25, 0.5)):
+    """Rows for `table` of the first two of `models` in a cascade, beside those that `measure` gave. What is timed goes
+    on from the beginning of the text that is scored, and hands over another share: see "note"."""
+    base, its = list(models)[:2], dict(zip(models, rows))
+    small, big = sorted(base, key=lambda name: models[name].matmul_parameters())
+    curve = cascade_curve(models[small], models[big], batches, token_bytes, shares)
+    names = [f"{small} + {big} {point['share']:.0%}" for point in curve]
+    counts = {name: collections.Counter() for name in names}
+    writers = {name: functools.partial(cascade, models[small], models[big], margin=point["margin"], counts=counts[name])
+               for name, point in zip(names, curve)}
+    first = its[base[0]]
+    prompt = batches[0].ids[:1, :first["prompt_tokens"]].to(next(models[small].parameters()).device)
+    speeds = speed({base[0]: models[base[0]], **dict.fromkeys(names, models[small])}, prompt.shape[1],
+                   first["new_tokens"], 1, first["rounds"], prompt=prompt, writers=writers)
+    both = {key: its[small][key] + its[big][key] for key in ("parameters", "file_bytes", "resident_bytes", "sha256")
+            if its[small].get(key) and its[big].get(key)}
+    unknown = dict.fromkeys(("peak_bytes", "empty_bytes", "kl", "kl_p999", "agreement", "quantized_layers"))
+    return [{**first, **both, **unknown, "bits_per_weight": 8 * both["resident_bytes"] / both["parameters"], **point,
+             **speeds[name], "name": name, "note": f"handed over while timed: "
+             f"{counts[name]['escalated'] / counts[name]['tokens']:.0%}"}
+            for name, point in zip(names, curve)]
+
+
 def table(rows):
     """Rows of `measure` as three Markdown tables, size, quality, speed, and the conditions they hold under."""
     base, mb = rows[0], lambda n: None if n is None else n / 1e6
@@ -484,6 +713,8 @@ def table(rows):
     fast |= {"first token, ms": lambda r: f"{r['first_token_ms']:.1f}",
              "later, p50 / p95, ms": lambda r: f"{r['token_p50_ms']:.2f} / {r['token_p95_ms']:.2f}",
              "joules per token": lambda r: cell("{:.3f}", r["joules_per_token"])}
+    if any("note" in row for row in rows):
+        fast["note"] = lambda r: r.get("note", "")
     threads = f" with {base['threads']} thread(s)" if base["device"] == "cpu" else ""
     conditions = (
         f"Scored: {base['tokens']:,} tokens, {base['bytes']:,} bytes of text. Speed: batch {base['batch_size']}, "
@@ -514,16 +745,37 @@ def arguments(argv):
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that reach this sum")
     parser.add_argument("--min-p", type=float, default=0.0, help="drop tokens less likely than this times the first")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: seen tokens become less likely")
-    parser.add_argument("--self-draft", type=int, default=0, metavar="K", help="the first K layers guess, all of them "
-                        "check: the same text; sooner where they guess well (distill.py --exits teaches them; 0: off)")
+    group = parser.add_argument_group("two models, or parts of one", "tokens are guessed and checked several at once: "
+                                      "the same text, sooner where guesses are good; or a larger model helps")
+    together = group.add_mutually_exclusive_group()
+    together.add_argument("--draft", metavar="DIR", help="a smaller model with the same tokenizer guesses")
+    together.add_argument("--self-draft", type=int, default=0, metavar="K", help="the model's first K layers guess "
+                          "(distill.py --exits teaches them)")
+    together.add_argument("--lookup", action="store_true", help="the text guesses: it goes on as where it last said so")
+    together.add_argument("--escalate", metavar="BIG_DIR", help="a larger model writes the tokens that the model is "
+                          "unsure of, or with another tokenizer the whole answer")
+    group.add_argument("--margin", metavar="M", default="20%", help="unsure: the likeliest token leads the second by "
+                       "less than this in probability; as SHARE%%: by what hands over this share of held-out text "
+                       "(default: 20%%)")
+    group.add_argument("--calibrate", metavar="FILE", help="that text (default: the validation split of what the model "
+                       "was trained on)")
     parser.add_argument("--seed", type=int, help="same seed, same text (default: another each time)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--smoke", action="store_true", help="20 tokens only")
     args = parser.parse_args(argv)
     if args.seed is not None and not 0 <= args.seed < 2 ** 63:
         raise UserError(f"--seed is {args.seed}; it must be at least 0 and below 2^63")
-    if args.self_draft and (args.samples > 1 or args.chat):
-        raise UserError("--self-draft is for one continuation: leave out --samples or --chat")
+    together = next((flag for flag in ("draft", "self_draft", "lookup", "escalate") if getattr(args, flag)), None)
+    if together and args.samples > 1:
+        raise UserError(f"--{together.replace('_', '-')} is for one continuation: leave out --samples")
+    if not args.escalate and (args.margin != "20%" or args.calibrate):
+        raise UserError(f"--{'calibrate' if args.calibrate else 'margin'} says when a larger model helps: it needs "
+                        "--escalate BIG_DIR")
+    text, args.share, args.margin = args.margin, args.margin.endswith("%"), math.nan
+    with contextlib.suppress(ValueError):
+        args.margin = float(text.removesuffix("%")) / (100 if args.share else 1)
+    if not 0 < args.margin < 1:
+        raise UserError(f"--margin is {text}; it must be a probability between 0 and 1, or a share such as 20%")
     if args.smoke:
         args.max_new_tokens = min(args.max_new_tokens, 20)
     for name, least, most in (("max_new_tokens", 1, None), ("samples", 1, None), ("temperature", 0, None),
@@ -566,17 +818,137 @@ def lines():
             yield input("> " if sys.stdin.isatty() else "")
 
 
-def chat(model, tokenizer, turns, args):
-    """Answers each of `turns` in the chat template; the oldest ones are forgotten when the window is full."""
-    messages, seed = [], args.seed
-    for line in turns:
+HELP = ("/reset forgets what was said, /save FILE writes it as data/prepare.py --input reads it, /quit ends, and so "
+        "does Ctrl-C, which during an answer ends only that; put a space before a / that is meant")
+
+
+def obey(line, messages):
+    """Does what a line of a chat that begins with / asks for; returns what is to be said of it."""
+    command, _, file = line.strip().partition(" ")
+    if command == "/reset":
+        messages.clear()
+        return "what was said is forgotten"
+    if command != "/save":
+        return HELP if command == "/help" else f"there is no {command}: {HELP}"
+    try:
+        with open(file.strip(), "x", encoding="utf-8") as out:
+            for question, answer in zip(messages[::2], messages[1::2]):
+                turn = {"prompt": question["content"], "response": answer["content"]}
+                out.write(json.dumps(turn, ensure_ascii=False) + "\n")
+        return f"wrote {len(messages) // 2} turns to {file}"
+    except OSError as error:
+        return f"{line}: {error.strerror}"
+
+
+def chat(model, tokenizer, prompt, args, write):
+    """Answers a prompt, or else each line of standard input, in the chat template; when the window is full, the oldest
+    turns are not read any more."""
+    messages, first, seed, window = [], 0, args.seed, model.config.max_position_embeddings
+    for line in [prompt] if prompt else lines():
+        if line.startswith("/") and not prompt:
+            if line.strip() == "/quit":
+                return
+            print(obey(line, messages), file=sys.stderr)
+            first = min(first, len(messages))
+            continue
+        if not line.strip():
+            continue
         messages.append({"role": "user", "content": line})
-        room = model.config.max_position_embeddings - args.max_new_tokens
-        while len(messages) > 1 and len(tokenizer.encode(tokenizer.render(messages), special=True)) > room:
-            del messages[:2]
-        ids = continuations(model, tokenizer, tokenizer.render(messages), seed=seed, **sampling(args))
-        messages.append({"role": "assistant", "content": speak(tokenizer, map(int, ids))})
+        forgotten, said, room = first, [], max(1, window - args.max_new_tokens)
+        while (text := tokenizer.render(messages[first:])) and first < len(messages) - 1 and len(
+                tokenizer.encode(text, special=True)) > room:
+            first += 2
+        if first and not forgotten:
+            print(f"the window of {window} tokens is full: from now on the oldest turns are forgotten", file=sys.stderr)
+        if first == len(messages) - 1 and (length := len(tokenizer.encode(text, special=True))) > window:
+            print(f"this turn has {length} tokens, the window {window}: only its end is read", file=sys.stderr)
+        try:
+            speak(tokenizer, map(int, continuations(model, tokenizer, text, 1, seed, write, **sampling(args))), said)
+        except KeyboardInterrupt:
+            print()
+        messages.append({"role": "assistant", "content": "".join(said)})
         seed = None if seed is None else seed + 1
+
+
+def partner(flag, args, model):
+    """(model, tokenizer) of the directory that --draft or --escalate names."""
+    directory, device = whole(getattr(args, flag)), next(model.parameters()).device
+    if directory.resolve() == whole(args.model).resolve():
+        raise UserError(f"--{flag} {getattr(args, flag)} is the model itself: give a "
+                        f"{'smaller' if flag == 'draft' else 'larger'} one")
+    return load(directory, device, torch.float32 if device.type == "cpu" else None), Tokenizer.load(directory)
+
+
+def guesser(args, model, tokenizer):
+    """The draft that --draft or --self-draft names; None for --lookup. Raises UserError if it does not fit."""
+    last = model.config.num_hidden_layers
+    if args.draft:
+        draft, its = partner("draft", args, model)
+        if its.hash != tokenizer.hash:
+            raise UserError(f"--draft {args.draft} has another tokenizer than {args.model}, so its guesses mean "
+                            "something else: give a model that was distilled or compressed from it")
+        return draft
+    if args.self_draft >= last:
+        raise UserError(f"--self-draft {args.self_draft}: this model has {last} layers, and fewer must guess")
+    if args.self_draft and args.self_draft not in model.exits:
+        print(f"layer {args.self_draft} was not taught to guess (exits: {model.exits or 'none'}): python "
+              f"distill.py {args.model} --exits {args.self_draft} --out DIR does that", file=sys.stderr)
+    return first_layers(model, args.self_draft) if args.self_draft else None
+
+
+def held_out(args, model, tokenizer):
+    """Batches of about 16,384 tokens that the model was not trained on: of --calibrate FILE, or of the validation split
+    that its history names. Raises UserError if there are none."""
+    from data.loader import Batch, Windows                       # here: to run a model needs no prepared data
+    from data.prepare import find
+    device, context = next(model.parameters()).device, min(512, model.config.max_position_embeddings)
+    if args.calibrate:
+        text = decoded(Path(args.calibrate).read_bytes(), f"--calibrate {args.calibrate}")
+        ids = torch.tensor(tokenizer.encode(text)[:2 ** 14])
+        if len(ids) < 100:
+            raise UserError(f"--calibrate {args.calibrate} has {len(ids)} tokens: a share of so few says nothing")
+        context = min(context, len(ids))
+        batches = [Batch(rows, rows, None) for rows in ids[:len(ids) // context * context].view(-1, context).split(8)]
+    else:
+        made, batches = next((e["data"] for e in reversed(model.history) if "data_sha256" in e), None), []
+        with contextlib.suppress(UserError):
+            split = Windows(find(made), "val", context) if made and find(made) else None
+            if split and split.meta["tokenizer_hash"] == tokenizer.hash:
+                batches = split.evaluation_batches(8, 2 ** 14)
+    batches = [Batch(*(None if t is None else t.to(device) for t in batch)) for batch in batches]
+    if not batches:
+        raise UserError(f"--margin {args.margin:.0%} is a share of held-out text, and the validation split of what the "
+                        "model was trained on is not under data/: give --calibrate FILE, or a number below 1")
+    return batches
+
+
+def handover(args, model, tokenizer):
+    """--escalate: what writes instead of `generate`, a function of what there is to say of it afterwards, and None, or
+    for a large model with another tokenizer a function of who takes over the answer: (model, tokenizer) or None."""
+    counts, (big, its) = collections.Counter(), partner("escalate", args, model)
+    same = its.hash == tokenizer.hash
+    if not same and (args.share or args.chat):
+        way_out = "leave out --chat" if args.chat else "give --margin as a number below 1, for an answer's mean lead"
+        raise UserError(f"--escalate {args.escalate} has another tokenizer, so it can only take over whole answers: "
+                        + way_out)
+    if args.share:
+        sure = torch.cat([leads(model, batch) for batch in held_out(args, model, tokenizer)])
+        print(f"margin {margin_for(args.margin, sure):.3f}: it hands over {args.margin:.0%} of held-out text",
+              file=sys.stderr)
+        args.margin = margin_for(args.margin, sure)
+    write = functools.partial(cascade, big=big if same else None, margin=args.margin, counts=counts)
+
+    def judge():
+        return (big, its) if counts["lead"] < args.margin * counts["tokens"] else None
+
+    def report():
+        tokens = max(1, counts["tokens"])
+        if same:
+            return (f"{counts['escalated'] / tokens:.0%} of {tokens} tokens were handed over; for that the large model "
+                    f"read {counts['read']}")
+        return (f"the likeliest token leads by {counts['lead'] / tokens:.2f} in the mean: the answer is "
+                f"{'handed over' if judge() else 'kept'}")
+    return write, report, None if same else judge
 
 
 def main(argv=None):
@@ -596,23 +968,28 @@ def main(argv=None):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model only "
                         f"{model.config.vocab_size}: they do not belong together")
+    write, report, judge = generate, str, None                   # str() is nothing to say
+    if args.escalate:
+        write, report, judge = handover(args, model, tokenizer)
+    elif args.draft or args.self_draft or args.lookup:
+        pace = Pace()
+        write, report = functools.partial(speculate, draft=guesser(args, model, tokenizer), pace=pace), pace.__str__
     if args.chat:
-        return chat(model, tokenizer, [prompt] if prompt else lines(), args)
+        chat(model, tokenizer, prompt, args, write)
+        return print(f"[{report()}]" if report() else "", file=sys.stderr)
     count, window = len(tokenizer.encode(prompt, special=True, bos=True)), model.config.max_position_embeddings
     if count > window:
         print(f"the prompt has {count} tokens, the window {window}: only the last {window} are read", file=sys.stderr)
-    options, counts, last = sampling(args), collections.Counter(), model.config.num_hidden_layers
-    if args.self_draft:
-        if args.self_draft >= last:
-            raise UserError(f"--self-draft {args.self_draft}: this model has {last} layers, and fewer must guess")
-        if args.self_draft not in model.exits:
-            print(f"layer {args.self_draft} was not taught to guess (exits: {model.exits or 'none'}): python "
-                  f"distill.py {args.model} --exits {args.self_draft} --out DIR does that", file=sys.stderr)
-        options.update(draft=first_layers(model, args.self_draft), counts=counts)
-    start, stamps = time.perf_counter(), []
+    if not prompt:
+        print("there is no prompt: a new document begins", file=sys.stderr)
+    start, stamps, answer = time.perf_counter(), [], None
+    if judge:
+        answer = list(continuations(model, tokenizer, prompt, 1, args.seed, write, **sampling(args)))
+        if judge():
+            (model, tokenizer), answer, write = judge(), None, generate
 
     def stream():
-        for ids in continuations(model, tokenizer, prompt, args.samples, args.seed, **options):
+        for ids in answer or continuations(model, tokenizer, prompt, args.samples, args.seed, write, **sampling(args)):
             stamps.append(time.perf_counter())
             yield ids.tolist()
 
@@ -622,14 +999,12 @@ def main(argv=None):
     else:
         for i, ids in enumerate(zip(*stream())):
             print(f"--- sample {i + 1}\n{prompt}{''.join(pieces(tokenizer, ids, tokenizer.eos_ids))}")
-    decode = ""
-    if len(stamps) > 1:
+    decode, how = "", how_quantized_layers_run(model)
+    if len(stamps) > 1 and not answer:
         decode = f", then {args.samples * (len(stamps) - 1) / (stamps[-1] - stamps[0]):.0f} tokens/s"
-    if counts["guessed"]:
-        decode += f"; of {counts['guessed']} guessed tokens {counts['taken'] / counts['guessed']:.0%} were taken"
-    how = how_quantized_layers_run(model)
-    print(f"\n[{len(stamps)} tokens; the first after {1000 * (stamps[0] - start):.0f} ms{decode}]" +
-          (f"\n[quantized layers: {how}]" if how else ""), file=sys.stderr)
+    print(f"\n[{len(stamps)} tokens; the first after {1000 * (stamps[0] - start):.0f} ms{decode}]", file=sys.stderr)
+    for more in filter(None, (report(), how and f"quantized layers: {how}")):
+        print(f"[{more}]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ For each corpus: a teacher; what twice its time would give; for each seed a stud
 of the same time; then, at equal steps on equal text, the online teacher, its sampled cache, and top-k of the same
 bytes; at last early exits. Runs are kept in --work, and those that are there are not run again.
 """
-import argparse, collections, functools, itertools, json, statistics, subprocess, sys, time
+import argparse, functools, itertools, json, statistics, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,17 +102,17 @@ def exits(name, data, teacher, args, work):
     print(f"\n### {name}: layer 1 guesses 4 tokens, all layers check, temperature 0\n")
     print("| | guesses taken | decode, x plain | tokens as plain | bits per byte of the model |\n|---|---|---|---|---|")
     for label, model, its in (("before", load(teacher), teacher), ("after --exits 1", load(run), run)):
-        counts, ratios, equal = collections.Counter(), [], 0
+        pace, ratios, equal = sample.Pace(), [], 0
         for ids in prompts:
             times, texts = [], []
             draft = sample.first_layers(model, 1)
-            for write in (sample.generate, functools.partial(sample.speculate, draft=draft, counts=counts)):
+            for write in (sample.generate, functools.partial(sample.speculate, draft=draft, pace=pace)):
                 start = time.perf_counter()
                 texts.append([int(i) for i in write(model, ids=ids, max_new_tokens=96, temperature=0)])
                 times.append(time.perf_counter() - start)
             ratios.append(times[0] / times[1])
             equal += texts[0] == texts[1]
-        print(f"| {label} | {counts['taken'] / counts['guessed']:.0%} | {statistics.median(ratios):.2f} | "
+        print(f"| {label} | {pace.taken / max(1, pace.guessed):.0%} | {statistics.median(ratios):.2f} | "
               f"{equal} of {len(prompts)} texts | {bits(its):.4f} |", flush=True)
 
 

@@ -390,10 +390,10 @@ def test_greedy_speculation_is_plain_generation_past_the_window(settings):
     model = tiny(0, layers=4, max_position_embeddings=40).eval()
     ids = ids_of().ids[:1]
     for draft, least in ((sample.first_layers(model, 2), 0), (model, 1)):
-        counts = sample.collections.Counter()
+        pace = sample.Pace()
         plain = [int(i) for i in sample.generate(model, ids, 100, vocab_size=60, temperature=0, **settings)]
-        guessed = [int(i) for i in sample.speculate(model, draft, ids, 100, vocab_size=60, temperature=0, counts=counts, **settings)]
-        assert plain == guessed and counts["taken"] >= least * counts["guessed"]
+        guessed = [int(i) for i in sample.speculate(model, draft, ids, 100, vocab_size=60, temperature=0, pace=pace, **settings)]
+        assert plain == guessed and pace.taken >= least * pace.guessed
     stop = plain[37]
     assert [int(i) for i in sample.speculate(model, draft, ids, 100, stop=[stop], vocab_size=60, temperature=0, **settings)] == \
         plain[:plain.index(stop) + 1]
@@ -411,7 +411,7 @@ def test_speculated_tokens_are_distributed_as_the_models_own():
     second = first @ sample.next_probs(model(pairs)[:, -1], pairs, **options)
     draft, seen = sample.first_layers(model, 1), torch.zeros(2, 8)
     for _ in range(n):
-        for i, x in enumerate(sample.speculate(model, draft, ids, 3, generator=g, gamma=2, **options)):
+        for i, x in enumerate(sample.speculate(model, draft, ids, 3, generator=g, **options)):
             if i < 2:
                 seen[i, x] += 1
     for counts, p in zip(seen, (first, second)):

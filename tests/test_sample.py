@@ -1,5 +1,5 @@
 """Generation and scoring against the plain definition: full forwards, brute force, whole strings."""
-import io, math, subprocess, sys
+import collections, io, json, math, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -151,22 +151,85 @@ def test_sources_of_the_prompt(directory, tmp_path, capsys, monkeypatch):
     assert talk(capsys, directory, "--prompt", "", *flags, "--samples", 2).count("--- sample") == 2
 
 
-def test_chat_answers_each_line_with_what_was_said_before(tmp_path, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """(directory, model, tokenizer) of a model that answers something to anything, with a window of 200 bytes."""
     model = Transformer(Config(vocab_size=V, hidden_size=32, num_hidden_layers=1, max_position_embeddings=200)).initialize()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
-    tokenizer = Tokenizer.from_bytes()
-    save(model, tmp_path / "m", tokenizer)
+    path = tmp_path_factory.mktemp("talker") / "m"
+    save(model, path, Tokenizer.from_bytes())
+    return path, model.eval(), Tokenizer.from_bytes()
 
-    def answer(*contents):
-        roles = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
-        ids = sample.continuations(model, tokenizer, tokenizer.render(roles), temperature=0, max_new_tokens=9)
-        return "".join(sample.pieces(tokenizer, (int(i) for i in ids), tokenizer.eos_ids))
-    first = answer("hello")
-    second = answer("hello", first, "and then?")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand then?\n"))
-    assert talk(capsys, tmp_path / "m", "--chat", "--temperature", 0, "--max-new-tokens", 9) == f"{first}\n{second}\n"
-    assert talk(capsys, tmp_path / "m", "--chat", "--prompt", "hello", "--temperature", 0, "--max-new-tokens", 9) == f"{first}\n"
+
+def answer(talker, *contents):
+    """What the model says to a conversation, by the plain way."""
+    roles = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+    ids = sample.continuations(talker[1], talker[2], talker[2].render(roles), temperature=0, max_new_tokens=9)
+    return "".join(sample.pieces(talker[2], (int(i) for i in ids), talker[2].eos_ids))
+
+
+def conversation(talker, capsys, monkeypatch, text, *more):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    sample.main([str(talker[0]), "--chat", "--temperature", "0", "--max-new-tokens", "9", *map(str, more)])
+    return capsys.readouterr()
+
+
+def test_chat_answers_each_line_with_what_was_said_before(talker, capsys, monkeypatch):
+    first = answer(talker, "hello")
+    second = answer(talker, "hello", first, "and then?")
+    for flags in ((), ("--lookup",)):
+        assert conversation(talker, capsys, monkeypatch, "hello\n\n  \nand then?", *flags).out == f"{first}\n{second}\n"
+    assert conversation(talker, capsys, monkeypatch, "", "--prompt", "hello").out == f"{first}\n"
+    assert conversation(talker, capsys, monkeypatch, "", "--prompt", "/quit").out == answer(talker, "/quit") + "\n"
+
+
+def test_chat_commands(talker, capsys, monkeypatch, tmp_path):
+    first, meant = answer(talker, "hello"), answer(talker, " /etc")
+    text = f"hello\n/save {tmp_path / 'said.jsonl'}\n/save {tmp_path / 'said.jsonl'}\n/save\n/rest\n/help\n/reset\n /etc\n/quit\nhello\n"
+    said = conversation(talker, capsys, monkeypatch, text)
+    assert said.out == f"{first}\n{meant}\n"
+    notes = said.err.splitlines()
+    assert notes[0] == f"wrote 1 turns to {tmp_path / 'said.jsonl'}" and "File exists" in notes[1] and "No such file" in notes[2]
+    assert notes[3].startswith("there is no /rest: /reset forgets") and notes[4].startswith("/reset forgets") and "forgotten" in notes[5]
+    assert json.loads((tmp_path / "said.jsonl").read_text(encoding="utf-8")) == {"prompt": "hello", "response": first}
+    from data import corpora                                                # it can be trained on
+    rows = [parts for _, parts in corpora.documents(corpora.source([tmp_path / "said.jsonl"]), collections.Counter())]
+    assert rows == [("hello", first)]
+
+
+def test_chat_forgets_the_oldest_turns_when_the_window_is_full(talker, capsys, monkeypatch):
+    lines = [c * 40 for c in "abcd"]
+    said, turns = [], []                                        # two turns of 40 and about 60 bytes of template each fit
+    for line in lines:
+        while turns and len(talker[2].encode(talker[2].render([{"role": "user", "content": t} for t in [*turns, line]]), special=True)) > 191:
+            del turns[:2]
+        said.append(answer(talker, *turns, line))
+        turns += [line, said[-1]]
+        full = len(turns) < 2 * len(said)
+    assert full
+    done = conversation(talker, capsys, monkeypatch, "\n".join(lines))
+    assert done.out == "\n".join(said) + "\n" and done.err.count("oldest turns are forgotten") == 1
+    done = conversation(talker, capsys, monkeypatch, "x" * 300)
+    assert done.out == answer(talker, "x" * 300) + "\n" and "only its end is read" in done.err
+
+
+def test_ctrl_c_ends_only_the_answer(talker, capsys, monkeypatch):
+    whole, first = sample.pieces, answer(talker, "hello")
+
+    def interrupted(tokenizer, ids, stop=()):
+        text = whole(tokenizer, ids, stop)
+        yield "".join(next(text) for _ in range(3))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample, "pieces", interrupted)
+    said = conversation(talker, capsys, monkeypatch, "hello\n").out
+    assert said == first[:len(said) - 1] + "\n"
+
+
+def test_what_is_said_of_the_prompt(directory, capsys):
+    for prompt, said in (("", "a new document begins"), ("x" * 40, "the prompt has 40 tokens, the window 16: only the last 16")):
+        sample.main([str(directory), "--prompt", prompt, "--max-new-tokens", "3"])
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, match", [
