@@ -315,12 +315,14 @@ class QuantEmbedding(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a CPU does faster in C: products with quantized weights, y = x @ weight^T + bias, and RMSNorm. A compiler is not
-# needed; without one each use of a quantized layer dequantizes all of its weight, and is slower than the dense one.
+# What a CPU does faster in C: products with quantized weights, y = x @ weight^T + bias; RMSNorm; and all blocks of a
+# model for a few tokens, which is what generation needs. A compiler is not needed: without one the modules below do it
+# all, and each use of a quantized layer dequantizes all of its weight, which is slower than the dense one.
 #
-# The activations are rounded too, to 8 bits with a scale for each 32 neighbours (as llama.cpp's Q8_0): products of
-# integers are what a CPU is fast at. One scale for a whole token would be simpler and costs quality, as a few channels
-# are a thousand times the rest. GNU vector types compile for any CPU; only `dot` has a faster form where there is one.
+# For quantized layers the activations are rounded too, to 8 bits with a scale for each 32 neighbours (as llama.cpp's
+# Q8_0): products of integers are what a CPU is fast at. One scale for a whole token would be simpler and costs quality,
+# as a few channels are a thousand times the rest. GNU vector types compile for any CPU; only `dot`, `widen` and
+# `nibbles` have a faster form where there is one.
 
 KERNELS = r"""
 #include <math.h>
@@ -341,7 +343,7 @@ typedef int16_t s16 __attribute__((vector_size(16)));
 typedef int32_t i32 __attribute__((vector_size(32)));
 typedef float   f32 __attribute__((vector_size(32)));
 typedef struct layer { const void *q; const uint16_t *scales, *offsets; const float *bias; int64_t n, k, group, bits;
-                       const struct layer *first; } layer;              /* 32 bits: float; first: low rank's other half */
+                       const struct layer *first; } layer;       /* 32 bits: float; first: low rank's other half */
 typedef struct { int16_t *q; float *scales, *sums; int64_t groups; } rounded;      /* x: (m, k), (m, k / 32) */
 typedef struct { int16_t *q; float *scales, *offsets; } panel;   /* 16 rows of a weight: (k / 2, 16, 2), (k / 32, 16) */
 
@@ -378,8 +380,8 @@ INLINE float half(const uint16_t *p, const layer *l, int64_t row, int64_t g) {  
     return f * 0x1p112f;
 }
 
-/* A row of x: 8-bit integers and a scale for each group of 32. For a panel they are kept in 16 bits; else for 4-bit weights
-   a group's even ones come first, as the low nibbles hold those. */
+/* A row of x: 8-bit integers and a scale for each group of 32. For a panel they are kept in 16 bits; otherwise, for
+   4-bit weights, a group's even ones come first, as the low nibbles hold those. */
 static void quantize(const float *x, const layer *l, rounded a, int64_t r, int panels) {
     for (int64_t g = 0; g < a.groups; g++) {
         f32 v[4] = {0}, sum = {0};
@@ -416,7 +418,7 @@ INLINE f32 halves(const uint16_t *p, const layer *l, int64_t row, int64_t g) {
     s16 v;
     int64_t in_row = l->k / l->group, at = row * in_row + g;
     if (l->group == 32 && at + 8 <= l->n * in_row) memcpy(&v, p + at, 16);
-    else for (int64_t i = 0; i < 8; i++) v[i] = p[row * in_row + (g * 32 + i * 32 < l->k ? (g + i) * 32 / l->group : 0)];
+    else for (int64_t i = 0; i < 8; i++) v[i] = p[row * in_row + ((g + i) * 32 < l->k ? (g + i) * 32 / l->group : 0)];
     i32 bits = __builtin_convertvector(v, i32);
     return (f32)((bits & 0x7fff) << 13 | (bits & 0x8000) << 16) * 0x1p112f;
 }
@@ -567,7 +569,7 @@ int gather(const layer *l, const int64_t *ids, int64_t m, float *y) {
 int linear(const layer *l, const float *x, int64_t m, float *y) {
     int64_t groups = (l->k + 31) / 32;
     if (!m) return 0;
-    int panels = l->bits < 32 && (m >= 8 || l->k % 32), failed = 0;    /* by_row would read past an odd last row's end */
+    int panels = l->bits < 32 && (m >= 8 || l->k % 32), failed = 0;       /* by_row would read past an odd row's end */
     char *memory = aligned_alloc(64, (m * groups * 72 + 128) / 64 * 64);
     if (!memory) return 1;
     rounded a = {(int16_t *)memory, (float *)(memory + m * groups * 64), (float *)(memory + m * groups * 68), groups};
@@ -597,12 +599,13 @@ int linear(const layer *l, const float *x, int64_t m, float *y) {
     return failed;
 }
 
-/* All blocks for a few new tokens, by one team of threads: for one token, calling PyTorch's operators takes longer than
-   their work. Threads meet at a barrier; what each needs whole, a norm or rounded activations, each makes for itself. */
+/* All blocks for a few new tokens, by one team of threads: for one token, calling PyTorch's operators takes longer
+   than their work. Threads meet at barriers; what each needs whole, a norm or rounded activations, it makes itself. */
 
 typedef struct { const float *attention_norm, *q_norm, *k_norm, *mlp_norm;
                  const layer *q, *k, *v, *o, *gate, *up, *down; float *keys, *values; int64_t window; } block;
-typedef struct { int64_t id, team, m, turn, size; const float *of; int64_t bits; rounded a; float *x, *scores, *shared; } own;
+typedef struct { int64_t id, team, m, turn, size; const float *of; int64_t bits; rounded a;    /* of, rounded: a */
+                 float *x, *scores, *shared; } own;
 
 INLINE f32 exponential(f32 x) {              /* 2^whole * e^part: the sixth Taylor polynomial, |part| <= ln(2) / 2 */
     i32 large = x > 88;
@@ -633,7 +636,8 @@ static void apply(const layer *l, const float *x, float *y, int add, own *w) {
 }
 
 /* A head's q or k (D): normalized, and channels i and i + R turned by the angles of its position. */
-static void place(float *x, const float *weight, float eps, int64_t D, const float *cosines, const float *sines, int64_t R) {
+static void place(float *x, const float *weight, float eps, int64_t D, const float *cosines, const float *sines,
+                  int64_t R) {
     if (weight) normalize(x, weight, eps, D, x);
     for (int64_t i = 0; i < R; i++) {
         float a = x[i], b = x[i + R];
@@ -670,18 +674,19 @@ static void attend(float *q, const float *keys, const float *values, int64_t cou
     }
 }
 
-/* x (rows, T, C), the embedded tokens at positions start ... start + T - 1, becomes the normalized hidden states; keys and
-   values go into the caches (rows, K, capacity, D). Returns 1 if there is no memory. */
+/* x (rows, T, C), the embedded tokens at positions start ... start + T - 1, becomes the normalized hidden states; keys
+   and values go into the caches (rows, K, capacity, D). Returns 1 if there is no memory. */
 int run_body(const block *all, const int64_t *sizes, const float *frequencies, float rotary_scale, const float *norm,
              float eps, float *x) {
     const int64_t blocks = sizes[0], rows = sizes[1], T = sizes[2], start = sizes[3], capacity = sizes[4], C = sizes[5],
         H = sizes[6], K = sizes[7], D = sizes[8], I = sizes[9], R = sizes[10], widest = sizes[11], m = rows * T,
-        shared = m * (H * D + 2 * K * D + 2 * I + 2 * widest) + 2 * T * R, private = m * (widest * 2 + widest / 16) + capacity;
+        shared = m * (H * D + 2 * K * D + 2 * I + 2 * widest) + 2 * T * R,
+        private = m * (widest * 2 + widest / 16) + capacity + 64;
     int most = 1;
 #ifdef _OPENMP
     most = omp_get_max_threads();
 #endif
-    float *memory = malloc((shared + most * (private + 64)) * sizeof(float));
+    float *memory = malloc((shared + most * private) * sizeof(float));
     if (!memory) return 1;
     float *q = memory, *k = q + m * H * D, *v = k + m * K * D, *gate = v + m * K * D, *up = gate + m * I,
         *halves = up + m * I, *cosines = halves + 2 * m * widest, *sines = cosines + T * R;
@@ -695,7 +700,7 @@ int run_body(const block *all, const int64_t *sizes, const float *frequencies, f
 #ifdef _OPENMP
         w.id = omp_get_thread_num(), w.team = omp_get_num_threads();
 #endif
-        w.x = memory + shared + w.id * (private + 64), w.scores = w.x + m * widest;
+        w.x = memory + shared + w.id * private, w.scores = w.x + m * widest;
         w.a = (rounded){(int16_t *)(w.scores + capacity + 8), w.scores + capacity + 8 + m * widest / 2};
         w.a.sums = w.a.scales + m * widest / 32;
         for (const block *b = all; b < all + blocks; b++) {
@@ -1127,7 +1132,7 @@ class Transformer(nn.Module):
         if not head:
             return x
         if (1 < x.shape[0] * x.shape[1] < 8 and type(self.lm_head) is nn.Linear and not torch.is_grad_enabled()
-                and in_c(x, self.lm_head.weight) and self.lm_head.weight.is_contiguous()):   # it is read once for all rows
+                and in_c(x, self.lm_head.weight) and self.lm_head.weight.is_contiguous()):    # read once for all rows
             return multiply(kernels()[0], c_layer(self.lm_head), x)
         return self.lm_head(x)
 
@@ -1179,7 +1184,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.length = 0
-        self.in_c = None                              # of which Body, and its blocks and these buffers as KERNELS see them
+        self.in_c = None                              # the Body, and how KERNELS see its blocks and these buffers
 
     def update(self, layer, k, v):
         """Writes k, v (B, K, T, D) behind what is there (Body moves `length` on) and returns all keys and values."""

@@ -1,8 +1,9 @@
-"""The figures of compress.py's quantization, as the README quotes them: what each way costs, and what it buys.
+"""The figures of compress.py, as the README quotes them: what each way of rounding costs, and which order is best.
 
     python tests/bench_compress.py out                      # a model trained here, scored on its validation split
     python tests/bench_compress.py DIR --chains int8 int4:32:gptq --text test.txt --calibration valid.txt
     python tests/bench_compress.py --kernels                # products alone, by shape: quantized against float32
+    python tests/bench_compress.py out --orders             # a cut, low rank, recovery and rounding in all legal orders
 
 Each chain of steps is compress.py's own command in a process of its own, whose time and peak memory are printed; then
 one `compress.py --measure` compares all results with the model they came from. Results are kept in --work, and a chain
@@ -51,6 +52,37 @@ def bench_kernels(rounds=7):
                   " |", flush=True)
 
 
+# Cut, low rank, int8 and 96 steps of recovery (of 4 windows; qat has 8 in a step). They end in files of one size. What
+# teaches is the model that enters, so before all else only the text can.
+ORDERS = ("width:0.75 lowrank:0.8 int8", "width:0.75 lowrank:0.8 recover:96 int8", "width:0.75 recover:96 lowrank:0.8 int8",
+          "recover:96:text width:0.75 lowrank:0.8 int8", "width:0.75 recover:48 lowrank:0.8 recover:48 int8",
+          "width:0.75 lowrank:0.8 int8:qat", "width:0.75 lowrank:0.8 recover:48 int4:gptq",
+          "width:0.75 recover:48 lowrank:0.8 int4:gptq", "width:0.75 lowrank:0.8 int4:qat")
+
+
+def bench_orders(args, work):
+    """Prints what each of ORDERS makes of the model: a sweep for each seed."""
+    bits, files = {}, {}
+    for seed in range(args.seeds):
+        out = work / f"orders-{seed}"
+        flags = ["--seed", seed, "--qat-steps", 48, "--eval-tokens", args.eval_tokens, "--rounds", 1, "--resume",
+                 *(["--smoke"] if args.smoke else []), *(["--calibration", args.calibration] if args.calibration else [])]
+        command = [sys.executable, str(ROOT / "compress.py"), str(args.model), "--sweep", *ORDERS, "--out", str(out)]
+        subprocess.run([*command, *map(str, flags)], check=True)
+        rows = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            bits.setdefault(row["name"], []).append(row["bits_per_byte"])
+            files[row["name"]] = row["file_bytes"]
+    base = rows[0]["name"]
+    print(f"\n{args.seeds} seeds, mean (least ... most)\n\n| order | file | bits per byte | to dense |\n|---|---:|---:|---:|")
+    names = {chain: chain.replace(":", "-").replace(" ", "+") for chain in ORDERS}
+    for chain, name in names.items():
+        values, dense = bits[name], bits[base][0]
+        mean = statistics.fmean(values)
+        print(f"| {chain} | {files[base] / files[name]:.2f} x smaller | {mean:.4f} ({min(values):.4f} ... {max(values):.4f}) | "
+              f"{mean / dense - 1:+.2%} |")
+
+
 def run_chain(model, chain, out, calibration):
     """compress.py in a process of its own; (seconds, peak bytes), kept beside the result."""
     note = out.with_name(out.name + ".json")
@@ -74,6 +106,9 @@ def main():
     parser.add_argument("--chains", nargs="+", default=CHAINS, help=f"default: {' '.join(CHAINS)}")
     parser.add_argument("--text", help="score this file instead of the validation split")
     parser.add_argument("--eval-tokens", default="0", help="so many of them (default: all)")
+    parser.add_argument("--orders", action="store_true", help="only the orders of a cut, low rank, recovery and rounding")
+    parser.add_argument("--seeds", type=int, default=3, help="of --orders")
+    parser.add_argument("--smoke", action="store_true", help="of --orders: does it run?")
     parser.add_argument("--calibration", help="for gptq and qat (default: what the model was trained on)")
     parser.add_argument("--work", type=Path, help="default: out-bench beside the model")
     parser.add_argument("--kernels", action="store_true", help="only the products, by shape")
@@ -84,6 +119,8 @@ def main():
         parser.error("give a model directory, or --kernels")
     work = args.work or Path(args.model).resolve().parent / "out-bench"
     work.mkdir(parents=True, exist_ok=True)
+    if args.orders:
+        return bench_orders(args, work)
     outs = {chain: work / chain.replace(":", "-").replace(" ", "+") for chain in args.chains}
     costs = {chain: run_chain(args.model, chain, out, args.calibration) for chain, out in outs.items()}
     text = ["--text", args.text] if args.text else []

@@ -304,7 +304,7 @@ def test_qat(root, tmp_path, name, step, monkeypatch, capsys):
 
     def fit(student, *rest, **more):                              # keeps what the run saved before it is removed
         figures = train_fit(student, *rest, **more)
-        kept["best"] = shutil.copytree(tmp_path / "q.qat" / "best", tmp_path / "best")
+        kept["best"] = shutil.copytree(tmp_path / "q.stages" / (step.replace(":", "-") + ".run") / "best", tmp_path / "best")
         return figures
 
     train_fit = train.fit
@@ -321,12 +321,12 @@ def test_qat(root, tmp_path, name, step, monkeypatch, capsys):
     if name == "tied":
         assert model.lm_head is model.model.embed_tokens.table and saved.lm_head.weight is saved.model.embed_tokens.weight
     rtn = load(root / name)
-    rtn, _ = compress.quantize_step(rtn, None, compress.parse(step[:4]), args())
+    rtn, *_ = compress.quantize_step(rtn, None, compress.parse(step[:4]), args())
     if step == "int4:qat":
         assert loss_of(model, root / "data") < loss_of(rtn, root / "data")
     entry = model.history[-1]
     assert [h["step"] for h in model.history] == ["train", step[:4]] and entry["method"] == "qat" and entry["steps"] == 30
-    assert "rounded without training" in capsys.readouterr().out
+    assert "bits per byte of validation without training" in capsys.readouterr().out
     # what evaluation said is what the result is
     val = Windows(root / "data", "val", 32)
     scored = compress.sample.figures(*compress.sample.score(compress.dequantize(model), val.evaluation_batches(256, 131072),
@@ -348,10 +348,10 @@ def test_qat_resumes(root, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(root / "dense", "int4:qat", *flags, "--out", tmp_path / "q")
     monkeypatch.setattr(train, "lr_at", schedule)
-    assert not (tmp_path / "q").exists() and not load(tmp_path / "q.qat" / "last").compression
-    with pytest.raises(UserError, match="q.qat holds a run that was not finished: go on with --resume"):
+    assert not (tmp_path / "q").exists() and not load(tmp_path / "q.stages" / "int4-qat.run" / "last").compression
+    with pytest.raises(UserError, match="q.stages holds stages of a chain: go on with --resume"):
         run(root / "dense", "int4:qat", *flags, "--out", tmp_path / "q")
-    assert not [name for name in ("q", "whole.qat") if (tmp_path / name).exists()]
+    assert not [name for name in ("q", "whole.stages") if (tmp_path / name).exists()]
     with pytest.raises(UserError, match="was begun with lr 0.002, not 0.001"):
         run(root / "dense", "int4:qat", "--qat-steps", 8, "--resume", "--out", tmp_path / "q")
     run(root / "dense", "int4:qat", *flags, "--resume", "--out", tmp_path / "q")
@@ -386,15 +386,15 @@ def test_wrong_commands(root, tmp_path, argv, match):
 def test_quantized_models_are_refused_and_text_does_not_train(root, tmp_path):
     run(root / "dense", "int8", "--out", tmp_path / "int8")
     for method in ("gptq", "qat"):
-        with pytest.raises(UserError, match="int4: model.embed_tokens is int8 already"):
+        with pytest.raises(UserError, match="int4 comes after int8, which has quantized the model already"):
             run(tmp_path / "int8", f"int4:{method}", "--out", tmp_path / "m")
     with pytest.raises(UserError, match="text.txt is a text file, and qat learns from prepared data"):
         run(root / "dense", "int4:qat", "--calibration", root / "text.txt", "--out", tmp_path / "m")
-    (tmp_path / "m.qat").mkdir()
-    (tmp_path / "m.qat" / "thesis.txt").write_text("years of work", encoding="utf-8")
-    with pytest.raises(UserError, match="m.qat, where qat keeps its run, holds something else"):
+    (tmp_path / "m.stages").mkdir()
+    (tmp_path / "m.stages" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(UserError, match="m.stages, where the stages of a chain are kept, holds something else"):
         run(root / "dense", "int4:qat", "--overwrite", "--out", tmp_path / "m")
-    assert (tmp_path / "m.qat" / "thesis.txt").exists() and not (tmp_path / "m").exists()
+    assert (tmp_path / "m.stages" / "thesis.txt").exists() and not (tmp_path / "m").exists()
 
 
 def test_a_stopped_gptq_leaves_nothing(root, tmp_path, monkeypatch):
