@@ -567,7 +567,7 @@ def damped_cholesky(hessian, name, typical=False):
     """Lower Cholesky factor of a Hessian (n, n) float64 with 1 % of its mean diagonal added to the diagonal, or ten
     times as much until there is one, which is then said of layer `name`.
 
-    typical  3 % of the geometric mean instead. A first token's few huge channels can make the mean a thousand times
+    typical  of the geometric mean instead. A first token's few huge channels can make the mean a thousand times
              what is usual (SmolLM2-135M, layer 11), and its hundredth drowns the others
     """
     if not hessian.isfinite().all():
@@ -575,8 +575,7 @@ def damped_cholesky(hessian, name, typical=False):
     hessian, damping = hessian.clone(), 0.01
     mean, dead = hessian.diagonal().mean(), hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1.0              # an input that is always zero says nothing: it is rounded to nearest
-    if typical:
-        damping, mean = 0.03, hessian.diagonal().log().mean().exp()
+    mean = hessian.diagonal().log().mean().exp() if typical else mean
     while True:
         factor, failed = torch.linalg.cholesky_ex(hessian + damping * mean * torch.eye(len(hessian)).to(hessian))
         if not failed:
@@ -1522,7 +1521,8 @@ def sweep_command(args, command):
                       f"--calibration {args.calibration} is a text file")
             chains = [list(itertools.takewhile(lambda step: not trains([step]), chain)) for chain in chains]
     stages = {written(chain[:n]): chain[:n] for chain in chains for n in range(1, len(chain) + 1)}
-    rows = [json.loads(line) for line in read_lines(out / "results.jsonl")]
+    before = out / "results.jsonl"
+    rows = [json.loads(line) for line in before.read_text(encoding="utf-8").splitlines()] if before.exists() else []
     costs = {name: 100 + cost(steps[-1], args) for name, steps in stages.items()}
     there = {row["name"] for row in rows}
     progress = Progress(sum(c for name, c in costs.items() if name not in there))
@@ -1590,11 +1590,6 @@ def step_by_step(rows):
     return "Bits per byte, step by step:\n\n" + "\n".join(lines) if lines else ""
 
 
-def read_lines(path):
-    """The lines of a file; none if it is not there."""
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
 def write_lines(rows, out):
     """results.jsonl, a line a row."""
     with replacing_file(out / "results.jsonl") as new:
@@ -1611,8 +1606,11 @@ def write_report(rows, text, out, shown=()):
     """results.jsonl (a line a row), report.md and, where matplotlib is installed, tradeoff.png in directory `out`: of
     all rows, or if they are too many to be told apart of those named in `shown`."""
     drawn = [row for row in rows if len(rows) <= 15 or row is rows[0] or row["name"] in shown]
-    picture = tradeoff(drawn, out) if len(rows) > 1 else False
+    far = [row for row in drawn if row["bits_per_byte"] > 2 * rows[0]["bits_per_byte"]]      # they would hide the rest
+    picture = tradeoff([row for row in drawn if row not in far], out) if len(rows) > 1 else False
     link = "\n\n![bits per byte against file size and against decoding speed](tradeoff.png)" if picture else ""
+    if picture and far:
+        link += f"\n\nNot drawn, at more than twice the baseline's bits per byte: {', '.join(r['name'] for r in far)}."
     report = f"# {rows[0]['name']} and what was made of it\n\n{text}{link}\n\n    {rows[0]['command']}\n"
     write_lines(rows, out)
     with replacing_file(out / "report.md") as new:
@@ -1640,7 +1638,7 @@ def label_points(ax, points):
     places = [(dx, dy, "left" if dx > 0 else "right" if dx else "center") for dx, dy in
               itertools.product(range(-78, 79, 6), range(-90, 91, 6)) if dx or abs(dy) >= 12]
     for name, x, y in sorted(points, key=lambda point: -point[2]):
-        for dx, dy, side in sorted(places, key=lambda place: math.hypot(place[0], 1.5 * place[1])):
+        for dx, dy, side in sorted(places, key=lambda place: math.hypot(place[0], 1.5 * place[1] - 9)):
             text = ax.annotate(name, (x, y), (dx, dy), textcoords="offset points", fontsize=8, ha=side, va="center")
             box = text.get_window_extent()
             inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and ax.bbox.y0 < box.y0 and box.y1 < ax.bbox.y1
@@ -1716,9 +1714,9 @@ STEPS = {
 
 
 # What --sweep makes, with the control: the same recovery of the model itself. With --smoke the first one
-SWEEP = ("width:0.75 recover:95", "width:0.75 recover:95 int8", "width:0.75 recover:95 int4:gptq", "width:0.5 recover:95",
-         "depth:0.75 recover:95", "vocab:0.75 recover:95", "lowrank:0.8 recover:95", "sparse:0.5 recover:95", "int8",
-         "int4", "int4:gptq", "recover:95")
+SWEEP = ("width:0.75 recover:95", "width:0.75 recover:95 int8", "width:0.75 recover:95 int4:gptq",
+         "width:0.5 recover:95", "depth:0.75 recover:95", "vocab:0.75 recover:95", "lowrank:0.8 recover:95",
+         "sparse:0.5 recover:95", "int8", "int4", "int4:gptq", "recover:95")
 
 
 def arguments(argv):
@@ -1877,40 +1875,37 @@ def main(argv=None):
     if kept:
         open_stages(stages, args)
     with told_how_to_go_on(stages):
+        if args.recover_control:                                # more training and no compression
+            control, _ = make([step for step in steps if step.name == "recover"], args, stages)
         model, _ = make(steps, args, stages, out)
-        if args.recover_control:
-            control(steps, args, stages, model)
+    if args.recover_control:
+        its, ours = ([entry["val_bits_per_byte"] for entry in m.history if entry["step"] == "recover"][-1]
+                     for m in (control, model))
+        print(f"control: the same training takes the model that entered the chain to {its:.4f} bits per byte of "
+              f"validation, and what was made of it to {ours:.4f}")
+        del control                                             # its tensors may be mapped from the stages
     if not to_file:
         parameters, resident = model.parameters_count(), model.resident_bytes()
         print(f"{out}: {parameters:,} parameters; {(out / 'model.safetensors').stat().st_size / 1e6:,.1f} MB on disk, "
               f"{resident / 1e6:,.1f} MB in memory: {8 * resident / parameters:.2f} bits per weight, scales and all")
+    del model
     if kept:
-        del model                                               # its tensors may be mapped from there
         shutil.rmtree(stages, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def told_how_to_go_on(stages):
-    """Ctrl-C says where the finished stages are, if there are any; what failed before the first one leaves nothing."""
+    """Ctrl-C and a step that fails say where the finished stages are; before the first one they leave nothing."""
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         inside = {file.name for file in stages.glob("*")}
-        if isinstance(error, KeyboardInterrupt) and inside > {"chain.json"}:
+        if inside > {"chain.json"}:
             print(f"\nwhat is finished is in {stages}: the same command with --resume goes on from there",
                   file=sys.stderr)
         if inside == {"chain.json"}:
             shutil.rmtree(stages)
         raise
-
-
-def control(steps, args, stages, model):
-    """Prints what the recoveries of a chain alone do to the model that entered it: more training, no compression."""
-    alone, _ = make([step for step in steps if step.name == "recover"], args, stages)
-    ours, its = ([entry for entry in m.history if entry["step"] == "recover"][-1]["val_bits_per_byte"]
-                 for m in (model, alone))
-    print(f"control: the same training takes the model that entered the chain to {its:.4f} bits per byte of "
-          f"validation, and what was made of it to {ours:.4f}")
 
 
 if __name__ == "__main__":

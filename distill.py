@@ -474,8 +474,8 @@ def make_student(cfg, given, teacher, tokenizer, machine):
         if n > total:
             raise UserError(f"--student-layers {n} is more than the teacher's {total}: give --init random")
         if teacher.compression:
-            raise UserError(f"{cfg.teacher} has quantized layers, and a student starts from dense ones: use --init "
-                            f"random, or python compress.py {cfg.teacher} dequantize --out DIR")
+            raise UserError(f"{cfg.teacher} has layers that are not dense, and a student starts from dense ones: use "
+                            "--init random, or distill from the model that it was made of")
         student, theirs = Transformer(shaped(c, layers)), teacher.state_dict()
         student.history = list(teacher.history)
         for name, t in student.state_dict().items():

@@ -24,7 +24,8 @@ from data import Parser, UserError, run
 from data.loader import IGNORE, LEARNED, Batch, Windows
 from data.prepare import find, prepare
 from data.tokenizer import Tokenizer
-from model import Config, Transformer, checkpoint_hash, load, model_name, read_json, refuse_foreign, save, whole
+from model import (Config, QuantLinear, Transformer, checkpoint_hash, load, model_name, read_json, refuse_foreign, save,
+                   whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,8 +661,8 @@ def open_model(cfg, given, tokenizer, machine):
     if cfg.resume or cfg.init_from:
         path = whole(Path(cfg.out) / "last") if cfg.resume else whole(cfg.init_from)
         model = load(path)
-        if model.compression:
-            raise UserError(f"the model in {path} has quantized layers, and only dense ones are trained: "
+        if any(isinstance(m, QuantLinear) for m in model.modules()):
+            raise UserError(f"the model in {path} has quantized layers, and only float ones are trained: "
                             f"python compress.py {path} dequantize --out DIR gives a dense model")
         if Tokenizer.load(path).hash != tokenizer.hash:
             raise UserError(f"the model in {path} has another tokenizer than the data: prepare the data with "
