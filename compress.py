@@ -8,7 +8,7 @@
     python compress.py out width:0.75 recover:95 int8 --out out-small       # smaller, trained a little, rounded
     python compress.py out lowrank:0.8 recover:95 --out out-lowrank
     python compress.py --measure out out-int8 out-int4 --out report         # side by side; the first is the baseline
-    python compress.py out --sweep --out sweep                      # a set of chains, made and measured
+    python compress.py out --sweep --out out-sweep                  # a set of chains, made and measured
 
 A step is written name[:value][:method]:
 

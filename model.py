@@ -470,30 +470,33 @@ INLINE void by_row(const layer *l, rounded a, int64_t r, int64_t n, int height, 
 }
 
 INLINE void by_float_row(const layer *l, const float *x, int64_t n, int height, float *y, int add) {
-    f32 sum[4] = {0}, v, u;
+    f32 sum[4] = {0}, more[4] = {0}, v, u;
     float rest[4] = {0};
     const float *w = (const float *)l->q + n * l->k;
     int64_t i = 0;
-    for (; i + 8 <= l->k; i += 8) {
+    for (; i + 16 <= l->k; i += 16) {
         memcpy(&v, x + i, 32);
         UNROLL for (int c = 0; c < height; c++) { memcpy(&u, w + c * l->k + i, 32); sum[c] += u * v; }
+        memcpy(&v, x + i + 8, 32);
+        UNROLL for (int c = 0; c < height; c++) { memcpy(&u, w + c * l->k + i + 8, 32); more[c] += u * v; }
     }
     for (; i < l->k; i++) for (int c = 0; c < height; c++) rest[c] += w[c * l->k + i] * x[i];
     for (int c = 0; c < height; c++)
-        y[n + c] = total(sum[c]) + rest[c] + (l->bias ? l->bias[n + c] : 0) + (add ? y[n + c] : 0);
+        y[n + c] = total(sum[c] + more[c]) + rest[c] + (l->bias ? l->bias[n + c] : 0) + (add ? y[n + c] : 0);
 }
 
-/* m rows of x, or of what they are rounded to, times rows n ... end - 1 of the weight. */
+/* m rows of x, or of what they are rounded to, times rows n ... end - 1 of the weight. Several rows of x share four
+   that are loaded, and the scales of 4-bit ones are read for four; else memory is read fastest in one stream. */
 static void by_rows(const layer *l, const float *x, rounded a, int64_t m, int64_t n, int64_t end, float *y, int add) {
-    for (; n < end; n += 4) for (int64_t r = 0; r < m; r++) {
-        if (end - n >= 4 && l->bits == 32) by_float_row(l, x + r * l->k, n, 4, y + r * l->n, add);
-        else if (end - n >= 4 && l->bits == 8) by_row(l, a, r, n, 4, 8, y, add);
-        else if (end - n >= 4) by_row(l, a, r, n, 4, 4, y, add);
-        else for (int64_t c = n; c < end; c++)
-            if (l->bits == 32) by_float_row(l, x + r * l->k, c, 1, y + r * l->n, add);
-            else if (l->bits == 8) by_row(l, a, r, c, 1, 8, y, add);
-            else by_row(l, a, r, c, 1, 4, y, add);
-    }
+    int64_t fours = m > 1 || l->bits == 4 ? n + (end - n) / 4 * 4 : n;
+    for (; n < fours; n += 4) for (int64_t r = 0; r < m; r++)
+        if (l->bits == 32) by_float_row(l, x + r * l->k, n, 4, y + r * l->n, add);
+        else if (l->bits == 8) by_row(l, a, r, n, 4, 8, y, add);
+        else by_row(l, a, r, n, 4, 4, y, add);
+    for (; n < end; n++) for (int64_t r = 0; r < m; r++)
+        if (l->bits == 32) by_float_row(l, x + r * l->k, n, 1, y + r * l->n, add);
+        else if (l->bits == 8) by_row(l, a, r, n, 1, 8, y, add);
+        else by_row(l, a, r, n, 1, 4, y, add);
 }
 
 static void fill(const layer *l, int64_t groups, int64_t n, panel p) {
