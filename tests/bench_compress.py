@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import nn
 
+from compress import looks, parse_chain
 from model import Int4Linear, Int8Linear, kernels
 
 CHAINS = ("int8", "int4:32:rtn", "int4:32:gptq", "int4:32:qat")
@@ -87,7 +88,7 @@ def run_chain(model, chain, out, calibration):
     """compress.py in a process of its own; (seconds, peak bytes), kept beside the result."""
     note = out.with_name(out.name + ".json")
     if not (note.exists() and (out / "config.json").exists()):
-        flags = ["--calibration", calibration] if calibration and chain.endswith(("gptq", "qat")) else []
+        flags = ["--calibration", calibration] if calibration and looks(parse_chain(chain.split())) else []
         command = [sys.executable, str(ROOT / "compress.py"), str(model), *chain.split(), "--out", str(out),
                    "--overwrite", *flags]
         print("$ python compress.py " + " ".join(command[2:]), flush=True)
@@ -109,7 +110,7 @@ def main():
     parser.add_argument("--orders", action="store_true", help="only the orders of a cut, low rank, recovery and rounding")
     parser.add_argument("--seeds", type=int, default=3, help="of --orders")
     parser.add_argument("--smoke", action="store_true", help="of --orders: does it run?")
-    parser.add_argument("--calibration", help="for gptq and qat (default: what the model was trained on)")
+    parser.add_argument("--calibration", help="for steps that look at text (default: what the model was trained on)")
     parser.add_argument("--work", type=Path, help="default: out-bench beside the model")
     parser.add_argument("--kernels", action="store_true", help="only the products, by shape")
     args = parser.parse_args()
