@@ -5,7 +5,7 @@
     python compress.py out int4:32:gptq --out out-gptq              # about a seventh; half of what rounding costs
     python compress.py out int8 gguf:q8_0 --out model.gguf          # for llama.cpp, Ollama, ...; needs pip install gguf
     python compress.py out gguf:f16 --out model.gguf --overwrite
-    python compress.py out width:0.75 recover:95 int8 --out out-small       # smaller, trained a little, rounded
+    python compress.py out width:0.75 recover:95 int8 --out out-cut         # smaller, trained a little, rounded
     python compress.py out lowrank:0.8 recover:95 --out out-lowrank
     python compress.py --measure out out-int8 out-int4 --out report         # side by side; the first is the baseline
     python compress.py out --sweep --out out-sweep                  # a set of chains, made and measured
@@ -1753,8 +1753,8 @@ def arguments(argv):
     group.add_argument("--sweep", nargs="*", metavar="CHAIN", help="make and measure a set of chains, each in quotes, "
                        "stage by stage; none: a set that shows what each kind of step costs and gains. --out: a "
                        "directory for all of it")
-    group.add_argument("--escalate", action="store_true", help="with --measure SMALL BIG: also both together, the large "
-                       "one for the 10, 25 and 50 %% of the tokens that the small one is least sure of")
+    group.add_argument("--escalate", action="store_true", help="with --measure SMALL BIG: also both together, the "
+                       "large one for the 10, 25 and 50 %% of the tokens that the small one is least sure of")
     group.add_argument("--data", metavar="NAME_OR_DIR", help="score this prepared data's validation split (default: of "
                        "the data that the first model was trained on)")
     group.add_argument("--text", metavar="FILE", help="score this text instead")

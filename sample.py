@@ -910,11 +910,12 @@ def held_out(args, model, tokenizer):
         context = min(context, len(ids))
         batches = [Batch(rows, rows, None) for rows in ids[:len(ids) // context * context].view(-1, context).split(8)]
     else:
-        made, batches = next((e["data"] for e in reversed(model.history) if "data_sha256" in e), None), []
-        with contextlib.suppress(UserError):
-            split = Windows(find(made), "val", context) if made and find(made) else None
-            if split and split.meta["tokenizer_hash"] == tokenizer.hash:
-                batches = split.evaluation_batches(8, 2 ** 14)
+        made, batches = next((e for e in reversed(model.history) if "data_sha256" in e), None), []
+        for its_slice in (args.smoke, not args.smoke) if made else ():
+            with contextlib.suppress(UserError):
+                split = (place := find(made["data"], its_slice)) and Windows(place, "val", context)
+                if split and (split.meta["sha256"], split.meta["tokenizer_hash"]) == (made["data_sha256"], tokenizer.hash):
+                    batches = batches or split.evaluation_batches(8, 2 ** 14)
     batches = [Batch(*(None if t is None else t.to(device) for t in batch)) for batch in batches]
     if not batches:
         raise UserError(f"--margin {args.margin:.0%} is a share of held-out text, and the validation split of what the "
