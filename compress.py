@@ -158,7 +158,6 @@ AXES = {"embed_tokens": ("vocab", "width"), "lm_head": ("vocab", "width"), "embe
         "o_proj": ("width", "queries"), "gate_proj": ("ffn", "width"), "up_proj": ("ffn", "width"),
         "down_proj": ("width", "ffn"), "input_layernorm": ("width",), "post_attention_layernorm": ("width",),
         "norm": ("width",), "q_norm": ("",), "k_norm": ("",)}
-MULTIPLE = 32                               # of widths and neurons that stay: int4 and GGUF round groups of 32
 TRIED = 2                                   # batches by which width tells sizes apart
 
 
@@ -345,7 +344,7 @@ def sizes_kept(model, keep):
     axes = [(AXES[name.split(".")[-2]], p.shape) for name, p in model.named_parameters()]
 
     def multiples(size):
-        return sorted({*range(MULTIPLE, size, MULTIPLE), size}, reverse=True)
+        return sorted({*range(multiple(size), size, multiple(size)), size}, reverse=True)
 
     def parameters(width, heads, ffn):
         now = {"width": width, "queries": heads * share, "keys": heads * c.head_dim, "ffn": ffn}
@@ -358,9 +357,14 @@ def sizes_kept(model, keep):
     return found
 
 
-def fewer(size, keep, multiple=MULTIPLE):
-    """The multiple that is nearest to the share `keep` of a size; 0: none is left."""
-    return min(size, multiple * max(round(keep * size / multiple), multiple > 1))
+def multiple(size):
+    """Of which widths and numbers of neurons stay: int4 and GGUF round groups of 32; a toy has fewer."""
+    return 32 if size >= 64 else 8
+
+
+def fewer(size, keep, unit=1):
+    """The multiple of `unit` that is nearest to the share `keep` of a size; 0: none is left."""
+    return min(size, unit * max(round(keep * size / unit), unit > 1))
 
 
 def told(step, before, after, method):
@@ -386,9 +390,9 @@ def structured_step(model, tokenizer, step, args):
     if step.name in ("heads", "width") and "head_dim" in FAMILIES[c.model_type].unnamed:
         raise UserError(f"{step.name}: the config.json of {c.model_type} has no head_dim: other programs divide the "
                         "width by the heads, which would be wrong with fewer: use ffn or depth")
-    sizes = {"ffn": [{"ffn": fewer(c.intermediate_size, keep)}],
-             "heads": [{"keys": fewer(c.num_key_value_heads, keep, 1)}],
-             "depth": [{"layers": fewer(c.num_hidden_layers, keep, 1)}],
+    sizes = {"ffn": [{"ffn": fewer(c.intermediate_size, keep, multiple(c.intermediate_size))}],
+             "heads": [{"keys": fewer(c.num_key_value_heads, keep)}],
+             "depth": [{"layers": fewer(c.num_hidden_layers, keep)}],
              "width": [dict(zip(("width", "keys", "ffn"), found)) for found in sizes_kept(model, keep)]}[step.name]
     if not sizes or 0 in sizes[0].values():
         left = {"heads": "head", "depth": "layer", "width": "channel"}[step.name]
@@ -483,7 +487,7 @@ def vocab_step(model, tokenizer, step, args):
         meta = read_json(source / "meta.json")
         ids, name = np.memmap(source / "train.bin", dtype=meta["dtype"], mode="r"), meta["name"]
     counts = sum(np.bincount(ids[i:i + 2 ** 24], minlength=tokenizer.vocab_size) for i in range(0, len(ids), 2 ** 24))
-    kept, fewer_ids = cut_tokenizer(tokenizer, counts, fewer(model.config.vocab_size, float(step.value)))
+    kept, fewer_ids = cut_tokenizer(tokenizer, counts, fewer(model.config.vocab_size, float(step.value), 32))
     small = cut(model, {"vocab": kept})
     return small, fewer_ids, {**told(step, model, small, ""), "calibration": {"data": name, "tokens": len(ids)},
                               "tokenizer": fewer_ids.hash[:16]}

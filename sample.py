@@ -914,7 +914,8 @@ def held_out(args, model, tokenizer):
         for its_slice in (args.smoke, not args.smoke) if made else ():
             with contextlib.suppress(UserError):
                 split = (place := find(made["data"], its_slice)) and Windows(place, "val", context)
-                if split and (split.meta["sha256"], split.meta["tokenizer_hash"]) == (made["data_sha256"], tokenizer.hash):
+                its = split and (split.meta["sha256"], split.meta["tokenizer_hash"])
+                if its == (made["data_sha256"], tokenizer.hash):
                     batches = batches or split.evaluation_batches(8, 2 ** 14)
     batches = [Batch(*(None if t is None else t.to(device) for t in batch)) for batch in batches]
     if not batches:
