@@ -248,8 +248,9 @@ def test_sizes_of_width_are_counted_exactly(keep):
 
 
 def test_a_size_is_a_multiple_of_32_and_never_none():
-    assert [compress.fewer(480, k) for k in (1.0, 0.75, 0.5, 0.01)] == [480, 352, 256, 32]
-    assert compress.fewer(20, 0.5) == 20 and compress.fewer(100, 1.0) == 96
+    assert [compress.fewer(480, k, compress.multiple(480)) for k in (1.0, 0.75, 0.5, 0.01)] == [480, 352, 256, 32]
+    assert [compress.fewer(20, k, compress.multiple(20)) for k in (0.9, 0.5, 0.01)] == [16, 8, 8]       # a toy's
+    assert [compress.fewer(5, k) for k in (1.0, 0.5, 0.01)] == [5, 2, 0]                                # of heads, layers
 
 
 # --- vocabulary ---
