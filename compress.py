@@ -289,26 +289,20 @@ def refit(small, dense, kept, batches):
     c = dense.config
     layers = kept["layers"].tolist() if "layers" in kept else list(range(c.num_hidden_layers))
 
-    def start(model, batch):                                      # (x, rotary, mask of the first block, cache)
-        return first_call(model.model.layers[0], lambda: model.model(batch.ids, segments=batch.segments))
-
     def add(parts, hessian, drift):
         delta = torch.cholesky_solve(drift.T, damped_cholesky(hessian, "a pruned layer")).T
         for part, change in zip(parts, delta.split([len(part.weight) for part in parts])):
             part.weight += change
 
-    def masks(layer):
-        return [dense.model.mask(batch.ids.shape[1], 0, c.window(layer), batch.segments) for batch in batches]
-
     theirs, rotaries = zip(*(start(dense, batch)[:2] for batch in batches))
     ours = [taken(x, kept, -1, "width", 0) for x in theirs]
     for i, dense_block in enumerate(dense.model.layers):
         if i not in layers:                                       # cut out: from here on the stream lacks what it adds
-            theirs = [dense_block(*state, None) for state in zip(theirs, rotaries, masks(i))]
+            theirs = [dense_block(*state, None) for state in zip(theirs, rotaries, masks(dense, i, batches))]
             continue
         block = small.model.layers[layers.index(i)]
         flows = [(halts(dense_block, d, rotary, mask), halts(block, x, rotary, mask))
-                 for d, x, rotary, mask in zip(theirs, ours, rotaries, masks(i))]
+                 for d, x, rotary, mask in zip(theirs, ours, rotaries, masks(dense, i, batches))]
         for names in SAME_INPUT:
             names = [name for name in names if name != "mlp.gate_proj" or c.gated]
             parts, hessian, drift = [block.get_submodule(name) for name in names], 0.0, 0.0
@@ -654,6 +648,17 @@ def first_call(layer, run):
         hook.remove()
 
 
+def start(model, batch):
+    """What the first block is called with for a batch: (x, rotary, mask, cache)."""
+    return first_call(model.model.layers[0], lambda: model.model(batch.ids, segments=batch.segments))
+
+
+def masks(model, layer, batches):
+    """The attention mask that a block is called with, for each batch."""
+    window = model.config.window(layer)
+    return [model.model.mask(batch.ids.shape[1], 0, window, batch.segments) for batch in batches]
+
+
 # In the order of the forward pass. A model without gates has a shorter third group.
 SAME_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
               ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
@@ -723,23 +728,20 @@ def in_order(model, todo, batches, treat, name, drifts=True):
     batches = [Batch(*(None if t is None else t.to(device) for t in batch)) for batch in batches]
     model.float().requires_grad_(False)
 
-    def start(batch):                                             # (x, rotary, mask of the first block, cache)
-        return first_call(body.layers[0], lambda: body(batch.ids, segments=batch.segments))
-
     def treated(parts, names, hessian, drift=None):
         bar.update(len(names))
         return treat(parts, names, hessian, drift)
 
-    theirs = [start(batch)[0] for batch in batches]
+    theirs = [start(model, batch)[0] for batch in batches]
     if "model.embed_tokens" in todo:
         found = treated([body.embed_tokens], ["model.embed_tokens"], table_hessian(model, batches[:2]))
         model.replace(todo["model.embed_tokens"], found["model.embed_tokens"])
-    ours, rotaries = zip(*(start(batch)[:2] for batch in batches))
+    ours, rotaries = zip(*(start(model, batch)[:2] for batch in batches))
     for i, block in enumerate(body.layers):
-        masks = [body.mask(batch.ids.shape[1], 0, config.window(i), batch.segments) for batch in batches]
+        its_masks = masks(model, i, batches)
         dense, layers = copy.deepcopy(block) if drifts else block, {}
-        dense_flows = [halts(dense, *state) for state in zip(theirs, rotaries, masks)]
-        flows = [halts(block, *state) for state in zip(ours, rotaries, masks)]
+        dense_flows = [halts(dense, *state) for state in zip(theirs, rotaries, its_masks)]
+        flows = [halts(block, *state) for state in zip(ours, rotaries, its_masks)]
         for group in SAME_INPUT:
             parts = {f"model.layers.{i}.{name}": block.get_submodule(name) for name in group
                      if name != "mlp.gate_proj" or config.gated}
