@@ -11,6 +11,7 @@ from data.loader import Windows
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, load, save
+from shared import fresh_logits, trained
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
@@ -27,15 +28,9 @@ def root(tmp_path_factory):
     (root / "text.txt").write_text("".join(LINES), encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):
         prepare("lines", [root / "text.txt"], out=root / "lines", vocab_size=320)
-    windows, tokenizer, model = Windows(root / "lines", "train", 32), Tokenizer.load(root / "lines"), Transformer(Config(**TINY))
+    windows, tokenizer = Windows(root / "lines", "train", 32), Tokenizer.load(root / "lines")
     assert tokenizer.vocab_size == 320
-    model.initialize(torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(80):
-        loss, count, _ = train.cross_entropy(model, windows.training_rows(0, step * 16, 16))
-        (loss / count).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    model = trained(windows, 80, **TINY)
     save(model, root / "unknown", tokenizer)
     model.history = [{"step": "train", "data": "lines", "data_sha256": windows.meta["sha256"], "context": 32}]
     save(model, root / "dense", tokenizer)
@@ -189,12 +184,7 @@ def test_every_step_and_ten_chains_come_back_in_a_fresh_process(root, tmp_path):
         made[str(n)] = load(tmp_path / str(n))
         assert [e["step"] for e in made[str(n)].history[1:]] == [step.split(":")[0] for step in chain]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(made)                  # no stages are left
-    code = ("import os, sys, torch; sys.path.insert(0, sys.argv[1]); os.chdir(sys.argv[2]); from model import load; "
-            "ids = torch.arange(40).view(2, 20) * 7 % 250; "
-            "torch.save({n: load(n)(ids).detach() for n in sys.argv[3:]}, 'logits.pt')")
-    subprocess.run([sys.executable, "-c", code, ROOT, tmp_path, *made], check=True,
-                   env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    logits = fresh_logits(tmp_path, made, IDS)
     for name, model in made.items():
         assert logits[name].isfinite().all() and torch.equal(logits[name], model(IDS)), chains()[int(name)]
 

@@ -14,6 +14,7 @@ from data import UserError
 from data.tokenizer import Tokenizer
 from model import (KERNELS, LAYERS, Config, Int4Linear, Int8Linear, QuantEmbedding, RMSNorm, Transformer, c_layer, declare,
                    kernels, load, multiply, save)
+from shared import fresh_logits
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = [("int8", {}), ("int4", {"group": 32}), ("int4", {"group": 64}), ("int4", {"group": 128})]
@@ -271,12 +272,7 @@ def test_a_fresh_process_computes_the_same_bits(made, tmp_path):
     models = {name: load(made / name) for name in names}
     for name, model in models.items():
         save(model, tmp_path / name)
-    code = ("import os, sys, torch; sys.path.insert(0, sys.argv[1]); os.chdir(sys.argv[2]); from model import load; "
-            "ids = torch.arange(40).view(2, 20) * 7 % 259; "
-            "torch.save({n: load(n)(ids).detach() for n in sys.argv[3:]}, 'logits.pt')")
-    subprocess.run([sys.executable, "-c", code, ROOT, tmp_path, *names], check=True,
-                   env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    logits = fresh_logits(tmp_path, names, IDS)
     for name, model in models.items():
         assert torch.equal(logits[name], model(IDS)), name
         assert (made / name / "model.safetensors").read_bytes() == (tmp_path / name / "model.safetensors").read_bytes()

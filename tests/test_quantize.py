@@ -14,6 +14,7 @@ from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from model import (LAYERS, Config, Int4Linear, Transformer, absmax_scales, config_from_hub,
                    dequantized, load, minmax_grid, rounded, save)
+from shared import correlated, hessian_of, trained
 
 TINY = dict(vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, max_position_embeddings=32)
@@ -30,14 +31,7 @@ def root(tmp_path_factory):
         prepare("quantize-other", [root / "text.txt"], out=root / "other", vocab_size=300)
     windows, tokenizer = Windows(root / "data", "train", 32), Tokenizer.load(root / "data")
     for name in ("dense", "tied"):
-        model = Transformer(Config(**TINY, tie_word_embeddings=name == "tied"))
-        model.initialize(torch.Generator().manual_seed(0))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for step in range(60):
-            loss, count, _ = train.cross_entropy(model, windows.training_rows(0, step * 16, 16))
-            (loss / count).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        model = trained(windows, 60, **TINY, tie_word_embeddings=name == "tied")
         model.history = [{"step": "train", "data": str(root / "data"), "data_sha256": windows.meta["sha256"]}]
         save(model, root / name, tokenizer)
     return root
@@ -58,17 +52,6 @@ def loss_of(model, directory, windows=64):
         model = compress.dequantize(copy.deepcopy(model))
     with torch.no_grad():
         return float(train.cross_entropy(model.eval(), rows)[0] / (rows.targets >= 0).sum())
-
-
-def correlated(n=4000, size=64, rows=24, seed=0):
-    """(weight (rows, size), inputs (n, size) whose channels depend on each other and differ in size)."""
-    g = torch.Generator().manual_seed(seed)
-    mix = torch.randn(size, size, generator=g) * torch.logspace(0, -2, size)[:, None]
-    return torch.randn(rows, size, generator=g), torch.randn(n, size, generator=g) @ mix
-
-
-def hessian_of(x):
-    return x.double().T @ x.double()
 
 
 def output_error(weight, found, x):

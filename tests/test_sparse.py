@@ -12,6 +12,7 @@ from data.loader import Batch
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from model import Config, LowRankLinear, Transformer, config_from_hub, load, save
+from shared import correlated, hessian_of
 
 TINY = dict(vocab_size=259, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, max_position_embeddings=32)
@@ -54,17 +55,6 @@ def kl(dense, model, ids=torch.arange(96).view(3, 32) * 7 % 255):
     with torch.no_grad():
         p, q = (compress.dequantize(copy.deepcopy(m))(ids).double().log_softmax(-1) for m in (dense, model))
     return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def correlated(n=3000, size=64, rows=24, seed=0):
-    """(weight (rows, size), inputs (n, size) whose channels depend on each other and differ in size)."""
-    g = torch.Generator().manual_seed(seed)
-    mix = torch.randn(size, size, generator=g) * torch.logspace(0, -2, size)[:, None]
-    return torch.randn(rows, size, generator=g), torch.randn(n, size, generator=g) @ mix
-
-
-def hessian_of(x):
-    return x.double().T @ x.double()
 
 
 def damped(hessian):
