@@ -1,12 +1,15 @@
-"""A token through all blocks in C (KERNELS, run_body) against the same model's Python, and drawing from probabilities."""
+"""KERNELS against the same model's Python: a token through all blocks (run_body), and what training needs, forward and
+backward. And drawing from probabilities."""
 import ctypes, shutil, subprocess
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import model as model_module
-import sample
-from model import KERNELS, Config, KVCache, LowRankLinear, Transformer, declare, kernels
+import sample, train
+from model import KERNELS, MLP, Config, KVCache, LowRankLinear, RMSNorm, Transformer, declare, kernels, placed
 
 SHAPES = {
     "usual": {},
@@ -119,6 +122,102 @@ def test_other_ways_to_compile(flags, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(model_module, "kernels", lambda: (library, "this one"))
             torch.testing.assert_close(in_pieces(model, ids, [6, 1, 1, 6], monkeypatch)[0], expected, rtol=1e-3, atol=0.3)
+
+
+def both_ways(function, inputs, monkeypatch):
+    """Compares function(*inputs) and the gradients of all inputs: by KERNELS, and by PyTorch's operators."""
+    results, called, call = [], [], model_module.call
+    for x in inputs:
+        x.requires_grad_()
+    for c in (True, False):
+        with monkeypatch.context() as patch:
+            for module in (model_module, train):
+                patch.setattr(module, "call", lambda *args: called.append(c) or call(*args))
+                if not c:
+                    patch.setattr(module, "in_c", lambda *_: False)
+            y = function(*inputs)
+            way = torch.randn(*y.shape, 2, generator=torch.Generator().manual_seed(3))[..., 0]       # not contiguous
+            results.append((y.detach(), *torch.autograd.grad(y, inputs, way)))
+    assert set(called) == ({True} if kernels()[0] else set())
+    for ours, expected in zip(*results):
+        same(ours, expected)
+
+
+def random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("n", [3, 8, 20, 96, 173])
+def test_rms_norm_and_its_gradients(n, monkeypatch):
+    norm = RMSNorm(n, 1e-5)
+    norm.weight.data = random(n)
+    for x in (random(2, 40, n), random(n, 41).T, 1e-3 * random(1, n)):
+        both_ways(lambda x, _: norm(x), [x, norm.weight], monkeypatch)
+    assert norm(torch.empty(0, n)).shape == (0, n) and not norm(torch.full((2, n), torch.nan)).isfinite().any()
+
+
+@pytest.mark.parametrize("D, R, heads", [(8, 4, 3), (6, 3, 1), (20, 10, 2), (80, 40, 4), (64, 8, 1), (22, 5, 3)])
+def test_heads_are_normalized_and_turned(D, R, heads, monkeypatch):
+    norm, x = RMSNorm(D, 1e-6), random(5, 3, heads, D).transpose(0, 1)                    # (B, T, heads, D)
+    norm.weight.data = random(D)
+    for rows in (1, 3):                                       # the same positions for all, or each row has its own
+        angles = random(rows, 5, 1, R)
+        rotary = angles.cos() * 1.1, angles.sin() * 1.1
+        both_ways(lambda x: placed(x, torch.nn.Identity(), rotary), [x], monkeypatch)
+        both_ways(lambda x, _: placed(x, norm, rotary), [x, norm.weight], monkeypatch)
+
+
+def test_swiglu_and_its_gradients(monkeypatch):
+    mlp = MLP(Config(hidden_size=13, intermediate_size=13))
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = torch.nn.Identity(), torch.nn.Linear(13, 13), torch.nn.Identity()
+    for x in (random(3, 7, 13), 100 * random(1, 13), random(13, 5).T):
+        both_ways(lambda x, *_: mlp(x), [x, *mlp.up_proj.parameters()], monkeypatch)
+
+
+@pytest.mark.parametrize("V", [1, 5, 40, 65, 1001])
+@pytest.mark.parametrize("scale", [1, 1e4])
+def test_cross_entropy_and_its_gradients(V, scale, monkeypatch):
+    x, weight = random(30, 16), random(V, 16)
+    targets = torch.randint(V, (30,), generator=torch.Generator().manual_seed(0))
+    targets[[0, 7]] = train.IGNORE
+    both_ways(lambda x, w: train.linear_cross_entropy(scale * x, w, targets), [x, weight], monkeypatch)
+    ours = train.linear_cross_entropy(scale * x, weight, targets)
+    same(ours, F.cross_entropy((scale * x @ weight.T).double(), targets, reduction="sum", ignore_index=train.IGNORE))
+    x.data[3, 2] = torch.nan
+    assert train.linear_cross_entropy(x, weight, targets).isnan()
+    for wrong in (V, -1):
+        targets[5] = wrong
+        if kernels()[0] is not None:
+            with pytest.raises(IndexError, match=str(V)):
+                train.linear_cross_entropy(x, weight, targets)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_a_whole_model(shape, monkeypatch):
+    """Packed examples, some targets ignored, and the blocks computed twice to save memory."""
+    model = build(**SHAPES[shape]).train()
+    ids, segments = torch.randint(90, (2, 23), generator=torch.Generator().manual_seed(1)), torch.zeros(2, 23).long()
+    targets = ids.roll(-1, 1).index_fill(1, torch.tensor([4, 22]), train.IGNORE)
+    segments[0, 9:], segments[1, 3:] = 1, 1
+    parameters = list(model.parameters())
+    for segments in (None, segments):
+        batch = train.Batch(ids, targets, segments)
+        both_ways(lambda *_: train.cross_entropy(model, batch)[0], parameters, monkeypatch)
+    wanted = torch.autograd.grad(model(ids).square().sum(), parameters)
+    again = checkpoint(lambda ids: model(ids).square().sum(), ids, use_reentrant=False)
+    assert all(map(torch.equal, wanted, torch.autograd.grad(again, parameters)))
+
+
+def test_threads_change_no_bit_of_a_gradient():
+    threads, results = torch.get_num_threads(), []
+    x, norm, rotary = random(8, 64, 4, 64), RMSNorm(64, 1e-6), random(2, 1, 64, 1, 32).sin()
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        y = norm(placed(x.requires_grad_(), norm, rotary))
+        results.append(torch.autograd.grad(y, [x, norm.weight], random(8, 4, 64, 64)))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 def test_what_stays_in_python():
