@@ -1,5 +1,5 @@
 """What every script shares: errors, flags, directories that survive a kill. Here, as data/ is where imports begin."""
-import argparse, contextlib, difflib, errno, os, shutil, sys
+import argparse, contextlib, difflib, errno, hashlib, json, os, shutil, sys
 from pathlib import Path
 
 
@@ -105,6 +105,44 @@ def replacing_file(path):
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def resumable(directory, made_from):
+    """Yield (DIR.part, its progress.json as a dict): there already if a kill, Ctrl-C or a full disk left it half done.
+
+    made_from   an iterable of all that the result depends on: what was begun from anything else is removed
+    What is worth keeping has written more into progress.json (`write_json`) than what is there at first. DIR.part is
+    removed at the end, and after any error that the same command would meet again.
+    """
+    part, key = directory.with_name(directory.name + ".part"), hashlib.sha256()
+    for item in made_from:
+        key.update(repr(item).encode("utf-8", "surrogateescape"))
+    progress = part / "progress.json"
+    progress = json.loads(progress.read_text(encoding="utf-8")) if progress.is_file() else {}
+    if progress.get("key") == key.hexdigest() and len(progress) > 1:
+        print(f"going on from what an interrupted run left in {part.name}")
+    else:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True, exist_ok=True)
+        progress = {"key": key.hexdigest()}
+    try:
+        yield part, progress
+    except (KeyboardInterrupt, OSError):
+        if len(progress) > 1:
+            print(f"\nwhat is done is kept in {part.name}: the same command goes on from there")
+        else:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def write_json(path, content):
+    with replacing_file(path) as new:
+        new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def sync(path):

@@ -9,6 +9,7 @@ byte-order mark goes. What cannot be used is counted in `skipped` by reason.
 """
 
 import codecs
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 from data import UserError
 
-KNOWN = ["stdlib"]  # corpora that need no file; further ones are a branch in `source`
+KNOWN = ["stdlib"]  # corpora that need no file and no network; download.py has others
 PIECE, HARD_CUT = 1 << 20, 8 << 20  # characters
 # A place between two words in every pattern we know (Qwen2, GPT-2, Llama 3): white space after a letter or digit begins
 # a new one. A cut *after* a newline would not do: GPT-2 takes "\n\n" as one word at the end of a text, as two within.
@@ -30,6 +31,7 @@ class File(NamedTuple):
     name: str  # relative and posix: the same on every machine
     path: Path
     lf: bool = False  # turn CRLF into LF
+    end: bytes = b""  # what stands between documents, of a file that holds many
 
 
 class Skip(Exception):
@@ -63,7 +65,7 @@ def source(inputs, name=None, flag="--input"):
 def walk(root, skip, suffix=""):
     """Files under `root`; links to folders are not followed, so there is no loop, and our own datasets not entered."""
     for folder, folders, files in os.walk(root):
-        if "meta.json" in files and "train.bin" in files:
+        if "meta.json" in files and "train.bin" in files or "progress.json" in files and folder.endswith(".part"):
             folders[:], files = [], []
         folders[:] = [f for f in folders if f not in skip and not f.startswith(".")]
         yield from (Path(folder, f) for f in files if not f.startswith(".") and f.endswith(suffix))
@@ -76,11 +78,12 @@ def documents(files, skipped):
     Raises UserError for a broken .jsonl line, and for text mixed with examples.
     """
     kinds = {}  # "text" / "examples" -> the first place it was seen
-    for name, path, lf in files:
+    for name, path, lf, end in files:
         if not path.is_file():  # a dangling link, a pipe, a socket
             skipped["not a regular file"] += 1
             continue
-        rows = jsonl(path, name) if path.suffix.lower() == ".jsonl" else [(name, pieces(blocks(path, lf)))]
+        rows = (jsonl(path, name) if path.suffix.lower() == ".jsonl" else between(path, name, end) if end else
+                [(name, pieces(blocks(path, lf)))])
         for place, parts in rows:
             kinds.setdefault("examples" if isinstance(parts, tuple) else "text", place)
             if len(kinds) == 2:
@@ -89,11 +92,23 @@ def documents(files, skipped):
             yield place, parts
 
 
+def between(path, name, end):
+    """Yield (place, parts) of each text that `end` (bytes) ends or parts from the next; blank ones are passed over."""
+    number, rest, block = 0, b"", b" "
+    with open(path, "rb") as f:
+        while block:
+            block = f.read(PIECE)
+            *texts, rest = (rest + (block or end)).split(end)
+            for text in filter(bytes.strip, texts):
+                number += 1
+                yield f"{name}, document {number}", pieces(blocks(io.BytesIO(text.strip(b"\r\n"))))
+
+
 def blocks(path, lf=False):
-    """The text of a file as str blocks of about 1 MB. Raises Skip if it is not UTF-8, is binary, or is blank."""
+    """The text of a file (or an open one) as str of about 1 MB. Raises Skip if it is not UTF-8, is binary, or blank."""
     decoder, empty = codecs.getincrementaldecoder("utf-8-sig")(), True
     try:
-        f = open(path, "rb")
+        f = path if isinstance(path, io.BytesIO) else open(path, "rb")
     except PermissionError:
         raise Skip("no permission to read") from None
     with f:

@@ -5,15 +5,19 @@ Turn text into a dataset: train.bin and val.bin (token ids), tokenizer.json and 
     python data/prepare.py --input notes/ book.txt --name notes   # your own files and folders
     python data/prepare.py --input faq.jsonl                      # lines of {"prompt", "response"} or of {"text"}
     python data/prepare.py --input a.txt --val b.txt --tokenizer MODEL_DIR    # a test set and a tokenizer you have
+    python data/prepare.py shakespeare                            # or wikitext2, tinystories: these are downloaded
+    python data/prepare.py fineweb-edu --size 1GB                 # a sample of this size
 
 The text is read twice and never held whole: once for sizes, duplicates and the split, once to encode. The result is
-written to NAME.new and renamed when complete, so an interrupted run leaves what was there before.
+written to NAME.part and renamed when complete, so an interrupted run leaves what was there before, and the same command
+goes on from it.
 
 Files: *.bin are little-endian uint16 (uint32 from 65,536 ids on), each document followed by the end-of-text token.
 Examples end with the token that ends the template's turn instead (<|im_end|>), and have *.mask.bin beside them, a uint8
 per token: bit 0 set where the token is learned (the response and its end), bit 1 at the first token of an example.
 """
 
+import contextlib
 import difflib
 import hashlib
 import itertools
@@ -25,9 +29,8 @@ import sys
 import time
 import zlib
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -35,23 +38,26 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # run as a script, the first import path is data/, not the root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from data import Parser, UserError, corpora, replacing, run, settle, sync
+from data import Parser, UserError, corpora, download, replacing, resumable, run, settle, sync, write_json
 from data.tokenizer import SPECIALS, Tokenizer
 
-HERE = Path(__file__).resolve().parent
+HERE, KNOWN = Path(__file__).resolve().parent, [*corpora.KNOWN, *download.CORPORA]
 BPE_BYTES = 64 << 20  # text the tokenizer is trained on at most, taken evenly from the whole
 SMOKE_BYTES = 1 << 20
-IN_FLIGHT = 16 << 20  # bytes handed to the encoder's threads at a time
+TASK = 256 << 10  # bytes that a thread encodes at a time: enough for few hand-overs, few enough for a small queue
+SAVE_EVERY = 256  # tasks (64 MB of text): what a kill costs at most
 FEW = 10  # fewer documents (or groups of near-identical ones) than this are split inside each
 TRAIN, VAL, BOTH, DROP = 0, 1, 2, 3
 
 BANDS, ROWS = 8, 4  # near-duplicates: MinHash (Broder 1997) of 32 values, candidates agree in all 4 values of a band
 HASH_A, HASH_B = np.random.default_rng(0).integers(1, 2**63, (2, BANDS * ROWS), dtype=np.uint64) | np.uint64(1)
 NO_HASH = 2**32 - 1
+NO_HASHES = np.full(BANDS * ROWS, NO_HASH, np.uint32)
+ROW = np.dtype([("size", "<i8"), ("digest", "u1", 16), ("signature", "<u4", BANDS * ROWS), ("usable", "?")])  # on disk
 
 
 def find(name_or_dir, smoke=False):
-    """The prepared directory that --data NAME_OR_DIR means; None for a known corpus that is not prepared yet.
+    """The prepared directory that --data NAME_OR_DIR means; None for one that can be prepared without a network.
 
     smoke=True prefers NAME-smoke where there is one. Raises UserError, with the nearest name, if there is neither.
     """
@@ -62,6 +68,9 @@ def find(name_or_dir, smoke=False):
             return path
     if str(name_or_dir) in corpora.KNOWN:
         return None
+    if str(name_or_dir) in download.CORPORA:
+        raise UserError(f"--data {name_or_dir} is not here yet: python data/prepare.py {name_or_dir} downloads and "
+                        "prepares it")
     if Path(name_or_dir).exists():
         raise UserError(f"--data {name_or_dir} is not a prepared dataset (it has no meta.json): "
                         f"python data/prepare.py --input {name_or_dir} --name NAME makes one")
@@ -71,7 +80,7 @@ def find(name_or_dir, smoke=False):
 
 def nearest(name):
     """' (did you mean X?)' or '', with the corpora and the prepared datasets."""
-    known = {*corpora.KNOWN, *(p.parent.name for p in HERE.glob("*/meta.json"))}
+    known = {*KNOWN, *(p.parent.name for p in HERE.glob("*/meta.json"))}
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -82,45 +91,58 @@ def nearest(name):
 class Scan:
     """One pass over the documents of `files`. Rows are documents, skipped ones too, so that a second pass can count.
 
-    sizes (n,) int64 utf-8 bytes; digests (n, 16) uint8; signatures (n, 32) uint32; usable (n,) bool;
+    sizes (n,) int64 utf-8 bytes; digests (n, 16) uint8; usable (n,) bool; signatures() (n, 32) uint32, left on disk;
     kind "text" or "examples"; sha256 hex over names and contents
+    The rows are kept in part/LABEL, the rest under `label` in `progress`: what is there already is not read again.
     """
 
-    def __init__(self, files, skipped, smoke, label):
-        sizes, digests, signatures, usable, self.kind = array("q"), bytearray(), bytearray(), bytearray(), None
-        total, whole = 0, hashlib.sha256()
+    def __init__(self, files, skipped, smoke, label, part, progress):
+        self.path = part / label.strip("-")
+        if label not in progress:
+            progress[label] = self._read(files, smoke, label)
+            write_json(part / "progress.json", progress)
+        self.kind, self.sha256 = progress[label]["kind"], progress[label]["sha256"]
+        skipped.update(progress[label]["skipped"])
+        self.sizes, self.usable, self.digests = (np.array(self._rows()[name]) for name in ("size", "usable", "digest"))
+
+    def _rows(self):
+        return np.memmap(self.path, ROW, "r") if self.path.stat().st_size else np.zeros(0, ROW)  # nothing is no map
+
+    def signatures(self):
+        return self._rows()["signature"]
+
+    def _read(self, files, smoke, label):
+        kind, skipped, total, whole = None, Counter(), 0, hashlib.sha256()
         expected = sum(path.stat().st_size for path in (f.path for f in files) if path.is_file())
-        bar = tqdm(total=None if smoke else expected, unit="B", unit_scale=True, desc=label, disable=None, leave=False)
-        for name, parts in corpora.documents(files, skipped):
-            digest, size, signature = hashlib.sha256(), 0, np.full(BANDS * ROWS, NO_HASH, np.uint32)
-            try:
-                for text, data in utf8(parts, smoke):
-                    # of an example the response only: prompts may be alike on both sides of the split
-                    signature = np.minimum(signature, minhash(data if text is not None else parts[1].encode("utf-8")))
-                    digest.update(data)
-                    size += len(data)
-                    bar.update(len(data))
-                if size == 0:
-                    raise corpora.Skip("empty")
-                if isinstance(parts, tuple) and not parts[1].strip():
-                    raise corpora.Skip("empty response")
-                whole.update(name.encode("utf-8", "surrogateescape") + b"\0" + digest.digest())
-                self.kind = "examples" if isinstance(parts, tuple) else "text"
-                usable.append(1)
-                total += size
-            except corpora.Skip as reason:
-                skipped[str(reason)] += 1
-                usable.append(0)
-            sizes.append(size)
-            digests += digest.digest()[:16]
-            signatures += signature.tobytes()
-            if smoke and total > SMOKE_BYTES:
-                break
-        bar.close()
-        self.sizes, self.usable = np.array(sizes, np.int64), np.frombuffer(usable, np.uint8).astype(bool)
-        self.digests = np.frombuffer(digests, np.uint8).reshape(-1, 16)
-        self.signatures = np.frombuffer(signatures, np.uint32).reshape(-1, BANDS * ROWS)
-        self.sha256 = whole.hexdigest()
+        bar = tqdm(total=None if smoke else expected, unit="B", unit_scale=True, desc=f"read {label}", disable=None,
+                   leave=False)
+        with open(self.path, "wb") as rows, bar:
+            for name, parts in corpora.documents(files, skipped):
+                digest, size, signature, usable = hashlib.sha256(), 0, NO_HASHES, False
+                try:
+                    for text, data in utf8(parts, smoke):
+                        # of an example the response only: prompts may be alike on both sides of the split
+                        hashed = minhash(data if text is not None else parts[1].encode("utf-8"))
+                        signature = np.minimum(signature, hashed)
+                        digest.update(data)
+                        size += len(data)
+                        bar.update(len(data))
+                    if size == 0:
+                        raise corpora.Skip("empty")
+                    if isinstance(parts, tuple) and not parts[1].strip():
+                        raise corpora.Skip("empty response")
+                    whole.update(name.encode("utf-8", "surrogateescape") + b"\0" + digest.digest())
+                    kind = "examples" if isinstance(parts, tuple) else "text"
+                    usable = True
+                    total += size
+                except corpora.Skip as reason:
+                    skipped[str(reason)] += 1
+                rows.write(b"".join((size.to_bytes(8, "little"), digest.digest()[:16],
+                                     signature.astype("<u4").tobytes(), bytes([usable]))))
+                if smoke and total > SMOKE_BYTES:
+                    break
+        sync(self.path)
+        return {"kind": kind, "sha256": whole.hexdigest(), "skipped": skipped}
 
 
 def utf8(parts, smoke=False):
@@ -136,33 +158,34 @@ def minhash(data):
     units = map(bytes.strip, data.replace(b". ", b"\n").split(b"\n"))
     units = [zlib.crc32(unit) for unit in units if len(unit) > 8]
     if not units:
-        return np.full(BANDS * ROWS, NO_HASH, np.uint32)
+        return NO_HASHES
     hashes = np.array(units, np.uint64)[:, None] * HASH_A + HASH_B  # (units, 32), multiply-shift modulo 2^64
-    return (hashes >> np.uint64(32)).min(axis=0).astype(np.uint32)
+    return (hashes.min(axis=0) >> np.uint64(32)).astype(np.uint32)
 
 
 def groups(scan, rows):
     """For each of `rows` the first row near-identical to it (directly or through others): (len(rows),) int."""
-    signatures, parent = scan.signatures[rows], list(range(len(rows)))
+    signatures, parent = scan.signatures(), array("q", range(len(rows)))
 
     def root(i):
         while parent[i] != i:
             parent[i] = i = parent[parent[i]]
         return i
 
-    has = np.flatnonzero(signatures[:, 0] != NO_HASH)
+    has = np.flatnonzero(signatures[rows, 0] != NO_HASH)
     for band in range(BANDS):
         key = np.zeros(len(has), np.uint64)
         for column in range(band * ROWS, (band + 1) * ROWS):
-            key = key * HASH_A[0] + signatures[has, column]
+            key = key * HASH_A[0] + signatures[rows[has], column]
         order = np.argsort(key, kind="stable")
         same = np.flatnonzero(key[order[1:]] == key[order[:-1]])
-        a, b = has[order[same]], has[order[same + 1]]
-        alike = (signatures[a] == signatures[b]).mean(axis=1) >= 0.5  # estimates the Jaccard similarity
-        for i, j in zip(a[alike].tolist(), b[alike].tolist()):
-            i, j = root(i), root(j)
-            parent[max(i, j)] = min(i, j)
-    return np.array([root(i) for i in range(len(rows))], np.int64)
+        for some in np.array_split(same, len(same) // 65536 + 1):  # not all signatures in memory at once
+            a, b = has[order[some]], has[order[some + 1]]
+            alike = (signatures[rows[a]] == signatures[rows[b]]).mean(axis=1) >= 0.5  # estimates Jaccard similarity
+            for i, j in zip(a[alike].tolist(), b[alike].tolist()):
+                i, j = root(i), root(j)
+                parent[max(i, j)] = min(i, j)
+    return np.fromiter(map(root, range(len(rows))), np.int64, len(rows))
 
 
 def split(scan, held_out, fraction, seed, skipped):
@@ -184,8 +207,8 @@ def split(scan, held_out, fraction, seed, skipped):
         side[rows[fresh]] = TRAIN
         return side
     side[rows] = TRAIN
-    group = groups(scan, rows)
-    near = len(rows) - len(set(group.tolist()))
+    group = np.unique(groups(scan, rows), return_inverse=True)[1]  # (rows,) numbers from 0 on
+    near = len(rows) - int(group.max()) - 1
     if len(rows) - near < FEW and scan.kind == "examples":  # such as two classes as responses
         group, near = np.arange(len(rows)), 0
         print("fewer than ten distinct responses: examples are split one by one")
@@ -195,20 +218,23 @@ def split(scan, held_out, fraction, seed, skipped):
         return side
     if near:
         print(f"{near:,} documents are near-identical to another one and stay on its side of the split")
-    members = {}
-    for row, g in zip(rows.tolist(), group.tolist()):
-        members.setdefault(g, []).append(row)
-    salted = lambda m: hashlib.sha256(b"%d " % seed + min(bytes(scan.digests[i]) for i in m)).digest()
-    queue = sorted(members.values(), key=salted)
-    target, taken = fraction * scan.sizes[rows].sum(), 0
+    digests = scan.digests[rows]
+    ordered = np.argsort(as_keys(digests), kind="stable")
+    smallest = digests[ordered[np.unique(group[ordered], return_index=True)[1]]]  # of each group's digests
+    salted = (hashlib.sha256(b"%d " % seed + bytes(d)).digest()[:8] for d in smallest)
+    queue = np.argsort(np.fromiter((int.from_bytes(s, "big") for s in salted), np.uint64, len(smallest)))
+    size = np.bincount(group, scan.sizes[rows]).astype(np.int64)  # (groups,) bytes
+    target, taken, chosen = fraction * size.sum(), 0, np.zeros(len(size), bool)
     if len(queue) < 2:
         raise UserError("the examples are all the same: at least two different ones are needed, or --val PATH")
-    for m in queue:
-        size = scan.sizes[m].sum()
-        if taken < target and taken + size <= 1.5 * target:  # a group too large for validation stays in training
-            side[m], taken = VAL, taken + size
+    for g in queue:
+        if taken >= target:
+            break
+        if taken + size[g] <= 1.5 * target:  # a group too large for validation stays in training
+            chosen[g], taken = True, taken + size[g]
     if not taken:  # every group is larger than that: then the smallest
-        side[min(queue, key=lambda m: scan.sizes[m].sum())] = VAL
+        chosen[queue[np.argmin(size[queue])]] = True
+    side[rows[chosen[group]]] = VAL
     return side
 
 
@@ -266,69 +292,106 @@ def encode_example(tokenizer, prompt, response):
     return np.concatenate([head, tail]), mask
 
 
-def write(out, tokenizer, sources, kind, fraction, smoke):
-    """Encode `sources`, a list of (files, side, sizes), into out/{train,val}.bin, in their order; threads encode.
+def tasks(sources, kind, fraction, smoke, stats):
+    """Yield (task, its bytes), the same each time: a list of (TRAIN or VAL, text, example or None at a document's end).
 
-    Returns (meta.json's "splits", dtype name). Raises UserError if a file changed since the first pass.
+    Counts documents and bytes in `stats`, a dict per split. Raises UserError if a file changed since the first pass.
+    """
+    task, held = [], 0
+    for files, side, sizes in sources:
+        for i, (name, parts) in zip(range(len(side)), corpora.documents(files, Counter())):
+            if side[i] == DROP:
+                continue
+            size = 0
+            try:
+                for which, piece, data in placed(parts, side[i], sizes[i], fraction, smoke):
+                    size, held = size + len(data), held + len(data)
+                    stats[which]["bytes"] += len(data)
+                    task.append((which, parts if piece is None else piece))
+                    if held > TASK:
+                        yield task, held
+                        task, held = [], 0
+            except corpora.Skip:
+                size = -1
+            if size != sizes[i]:
+                raise UserError(f"{name} changed while it was read; run it again")
+            for which in (TRAIN, VAL) if side[i] == BOTH else (side[i],):
+                stats[which]["documents"] += 1
+                if kind == "text":
+                    task.append((which, None))
+            if kind == "examples":
+                stats[which]["bytes"] -= 1  # the \0 between the two
+                stats[which]["response_bytes"] += len(parts[1].encode("utf-8"))
+    yield task, held
+
+
+def encode(tokenizer, task, dtype):
+    """What `task` adds to train.bin, val.bin, train.mask.bin and val.mask.bin: a list of bytes."""
+    added = [bytearray() for _ in range(4)]
+    for which, item in task:
+        if isinstance(item, tuple):
+            ids, mask = encode_example(tokenizer, *item)
+            added[2 + which] += mask.tobytes()
+        else:
+            ids = np.array([tokenizer.eos_id]) if item is None else tokenizer.encode_array(item)
+        added[which] += ids.astype(dtype).tobytes()
+    return added
+
+
+def write(part, progress, tokenizer, sources, kind, fraction, smoke):
+    """Encode `sources`, a list of (files, side, sizes), into part/{train,val}.bin, in their order; threads encode.
+
+    Every SAVE_EVERY tasks part/progress.json says how many are done and how long the files were: after a kill they are
+    cut to that, and tasks already done are counted only. Returns (meta.json's "splits", dtype name).
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size < 65536 else "<u4")
-    names, keys = ("train", "val"), ("documents", "tokens", "bytes")
-    keys += ("response_tokens", "response_bytes") if kind == "examples" else ()
-    stats = [dict.fromkeys(keys, 0) for _ in names]
-    total = sum(int(sizes[side != DROP].sum()) for _, side, sizes in sources)
-    batch, held = [], 0  # (split, text or (prompt, response) or None for the end of a document), characters
+    keys = ("documents", "tokens", "bytes") + ("response_tokens", "response_bytes") * (kind == "examples")
+    stats, names = [dict.fromkeys(keys, 0) for _ in range(2)], ["train.bin", "val.bin"]
+    names += ["train.mask.bin", "val.mask.bin"] * (kind == "examples")
+    there = [(part / name).is_file() and (part / name).stat().st_size for name in names]
+    if "tasks" not in progress or any(a < b for a, b in zip(there, progress["sizes"])):
+        progress.update(tasks=0, sizes=[0] * len(names), learned=[0, 0])
+    done, pending, cores = progress["tasks"], deque(), os.cpu_count() or 1
 
-    def encode(item):
-        if item[1] is None:
-            return np.array([tokenizer.eos_id]), None
-        return encode_example(tokenizer, *item[1]) if kind == "examples" else (tokenizer.encode_array(item[1]), None)
+    def store():
+        for i, added in enumerate(pending.popleft().result()[:len(names)]):
+            files[i].write(added)
+            progress["sizes"][i] += len(added)
+            if i >= 2:
+                progress["learned"][i - 2] += int((np.frombuffer(added, np.uint8) & 1).sum())
+        progress["tasks"] += 1
 
-    def flush():
-        for (which, _), (ids, mask) in zip(batch, pool.map(encode, batch)):
-            bins[which].write(ids.astype(dtype).tobytes())
-            stats[which]["tokens"] += len(ids)
-            if mask is not None:
-                masks[which].write(mask.tobytes())
-                stats[which]["response_tokens"] += int((mask & 1).sum())
-        batch.clear()
-
-    with ExitStack() as stack:
-        opened = lambda name: stack.enter_context(open(out / name, "wb"))
-        bins = [opened(f"{name}.bin") for name in names]
-        masks = [opened(f"{name}.mask.bin") for name in names] if kind == "examples" else []
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc="encode", disable=None, leave=False)
-        stack.enter_context(bar)
-        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
-        for files, side, sizes in sources:
-            for i, (name, parts) in zip(range(len(side)), corpora.documents(files, Counter())):
-                if side[i] == DROP:
-                    continue
-                size = 0
-                try:
-                    for which, piece, data in placed(parts, side[i], sizes[i], fraction, smoke):
-                        size, held = size + len(data), held + len(data)
-                        bar.update(len(data))
-                        stats[which]["bytes"] += len(data)
-                        batch.append((which, parts if piece is None else piece))
-                        if held > IN_FLIGHT:
-                            flush()
-                            held = 0
-                except corpora.Skip:
-                    size = -1
-                if size != sizes[i]:
-                    raise UserError(f"{name} changed while it was read; run it again")
-                for which in (TRAIN, VAL) if side[i] == BOTH else (side[i],):
-                    stats[which]["documents"] += 1
-                    if kind == "text":
-                        batch.append((which, None))
-                if kind == "examples":
-                    stats[which]["bytes"] -= 1  # the \0 between the two
-                    stats[which]["response_bytes"] += len(parts[1].encode("utf-8"))
-        flush()
-        for f in bins + masks:
+    def save():
+        for f in files:  # on disk before progress.json says so
             f.flush()
             os.fsync(f.fileno())
-    return dict(zip(names, stats)), dtype.name
+        write_json(part / "progress.json", progress)
+
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(part / name, "ab")) for name in names]
+        for f, size in zip(files, progress["sizes"]):
+            f.truncate(size)
+        total = sum(int(sizes[side != DROP].sum()) for _, side, sizes in sources)
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc="encode", disable=None, leave=False)
+        stack.enter_context(bar)
+        pool = stack.enter_context(ThreadPoolExecutor(cores))
+        for number, (task, size) in enumerate(tasks(sources, kind, fraction, smoke, stats), 1):
+            bar.update(size)
+            if number <= done:
+                continue
+            pending.append(pool.submit(encode, tokenizer, task, dtype))
+            if len(pending) > 2 * cores:
+                store()
+            if number % SAVE_EVERY == 0:
+                save()
+        while pending:
+            store()
+        save()
+    for which, s in enumerate(stats):
+        s["tokens"] = progress["sizes"][which] // dtype.itemsize
+        if kind == "examples":
+            s["response_tokens"] = progress["learned"][which]
+    return dict(zip(("train", "val"), stats)), dtype.name
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -337,12 +400,13 @@ def write(out, tokenizer, sources, kind, fraction, smoke):
 def choose_name(name, inputs, out):
     """The dataset's name, from --name, --out or the first input. Raises UserError if it cannot be a folder's."""
     if not inputs:
-        if name not in corpora.KNOWN:
+        if name not in KNOWN:
             raise UserError(f"{name!r} is not a corpus known here{nearest(name or '')}; known: "
-                            f"{', '.join(corpora.KNOWN)}; for your own text: --input PATH --name NAME")
+                            f"{', '.join(KNOWN)}; for your own text: --input PATH --name NAME")
         return name
     name = name or (Path(out).name if out else re.sub(r"[^\w-]+", "-", Path(inputs[0]).resolve().stem).strip("-"))
-    if not re.fullmatch(r"\w[\w.-]*", name) or name in corpora.KNOWN or name.endswith((".new", ".old", "-smoke")):
+    ours = (".new", ".old", ".part", "-smoke")
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in KNOWN or name.endswith(ours):
         raise UserError(f"--name {name!r} cannot name your dataset: take letters, digits, _ and -, and no known corpus")
     return name
 
@@ -360,17 +424,20 @@ def choose_tokenizer(tokenizer):
 
 
 def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=None, val_fraction=0.05, seed=0,
-            overwrite=False, smoke=False):
+            overwrite=False, smoke=False, size=None):
     """Write a dataset and return its directory (data/NAME, or data/NAME-smoke for a smoke run, unless `out`).
 
     name: a known corpus, or with `inputs` (paths) the dataset's name. vocab_size: ids of a BPE trained here (4096).
-    tokenizer: "bytes", "gpt2", a directory or a Tokenizer; then none is trained. Raises UserError.
+    tokenizer: "bytes", "gpt2", a directory or a Tokenizer; then none is trained. size: of fineweb-edu's sample, such as
+    "1GB". Raises UserError.
     """
     start, name = time.perf_counter(), choose_name(name, inputs, out)
     if not 0 < val_fraction <= 0.5:
         raise UserError(f"--val-fraction {val_fraction} must be above 0 and at most 0.5")
     if tokenizer is not None and vocab_size is not None:
         raise UserError("--vocab-size is for a tokenizer trained here; leave it out with --tokenizer")
+    if size and (inputs or name != "fineweb-edu"):
+        raise UserError("--size is for fineweb-edu, which is too large to have whole: leave it out")
     if vocab_size is not None and vocab_size < 256 + len(SPECIALS):
         raise UserError(f"--vocab-size {vocab_size} is too small: 256 bytes and {len(SPECIALS)} special tokens need "
                         f"{256 + len(SPECIALS)} ids")
@@ -383,46 +450,58 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
     tokenizer = choose_tokenizer(tokenizer)
 
     skipped = Counter()
-    files = corpora.source(inputs, None if inputs else name)
-    val_files = corpora.source(val, flag="--val")
-    scan = Scan(files, skipped, smoke, "read")
-    held = Scan(val_files, skipped, smoke, "read --val") if val else None
-    for s, flag in (scan, "--input"), (held, "--val"):
-        if s and not s.usable.any():
-            why = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "there are no files"
-            raise UserError(f"{flag} {' '.join(map(str, val if s is held else inputs))}: no text to use ({why}); "
-                            "it must be UTF-8 text or .jsonl")
-    if held and held.kind != scan.kind:
-        raise UserError(f"--input is {scan.kind} but --val is {held.kind}; both must be of one kind")
-    side = split(scan, held.digests[held.usable] if held else None, val_fraction, seed, skipped)
-    if not (side != DROP).any():
-        raise UserError("every document of --input is also in --val, so there is nothing to train on")
+    files, val_files = corpora.source(inputs, None if inputs else name), corpora.source(val, flag="--val")
+    if not inputs and name in download.CORPORA:
+        files, held_out = download.files(name, size or "100MB")
+        val_files = val_files or held_out
+    stamp = lambda f: (f, f.path.is_file() and (f.path.stat().st_size, f.path.stat().st_mtime_ns))
+    made_from = (*map(stamp, files), "--val", *map(stamp, val_files), val_fraction, seed, smoke, TASK,
+                 (tokenizer.hash, tokenizer.chat_template) if tokenizer else vocab_size)
+    with resumable(out, made_from) as (part, progress):
+        scan = Scan(files, skipped, smoke, "--input", part, progress)
+        held = Scan(val_files, skipped, smoke, "--val", part, progress) if val_files else None
+        for s, flag in (scan, "--input"), (held, "--val"):
+            if s and not s.usable.any():
+                why = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "there are no files"
+                raise UserError(f"{flag} {' '.join(map(str, val if s is held else inputs))}: no text to use ({why}); "
+                                "it must be UTF-8 text or .jsonl")
+        if held and held.kind != scan.kind:
+            raise UserError(f"--input is {scan.kind} but --val is {held.kind}; both must be of one kind")
+        side = split(scan, held.digests[held.usable] if held else None, val_fraction, seed, skipped)
+        if not (side != DROP).any():
+            raise UserError("every document of --input is also in --val, so there is nothing to train on")
 
-    if tokenizer is None:
-        print(f"training a byte-level BPE of {vocab_size or 4096:,} ids on the training split")
-        texts, trained = training_text(files, side, scan.sizes, val_fraction, smoke), time.perf_counter()
-        tokenizer = Tokenizer.train(texts, vocab_size or 4096)
-        print(f"... in {time.perf_counter() - trained:.1f} s")
-        if tokenizer.vocab_size < (vocab_size or 4096):
-            print(f"the text is too small for {vocab_size or 4096:,} ids: the tokenizer has {tokenizer.vocab_size:,}")
+        if tokenizer is None and "tokenizer" in progress:
+            tokenizer = Tokenizer.load(part)
+        elif tokenizer is None:
+            print(f"training a byte-level BPE of {vocab_size or 4096:,} ids on the training split")
+            texts, trained = training_text(files, side, scan.sizes, val_fraction, smoke), time.perf_counter()
+            tokenizer = Tokenizer.train(texts, vocab_size or 4096)
+            print(f"... in {time.perf_counter() - trained:.1f} s")
+            if tokenizer.vocab_size < (vocab_size or 4096):
+                print(f"the text is too small for {vocab_size or 4096:,} ids: the tokenizer has "
+                      f"{tokenizer.vocab_size:,}")
+        if "tokenizer" not in progress:
+            tokenizer.save(part)
+            progress["tokenizer"] = tokenizer.hash
+            write_json(part / "progress.json", progress)
 
-    with replacing(out, "meta.json") as new:
         sources = [(files, side, scan.sizes)]
         if held:
             sources.append((val_files, np.where(held.usable, VAL, DROP), held.sizes))
-        splits, dtype = write(new, tokenizer, sources, scan.kind, val_fraction, smoke)
-        tokenizer.save(new)
+        splits, dtype = write(part, progress, tokenizer, sources, scan.kind, val_fraction, smoke)
         skipped = {reason: n for reason, n in sorted(skipped.items()) if n}
         names = lambda paths: [Path(p).resolve().name for p in paths]  # never a path of this machine
-        meta = {
-            "format": 1, "name": name, "source": names(inputs) or [name], "val_source": names(val),
-            "kind": scan.kind, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash,
-            "split_seed": seed, "val_fraction": None if held else val_fraction, "sha256": scan.sha256, "smoke": smoke,
+        write_json(part / "meta.json", {
+            "format": 1, "name": name, "source": names(inputs) or [name],
+            "val_source": names(val or [f.path for f in val_files]), "kind": scan.kind, "dtype": dtype,
+            "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash, "split_seed": seed,
+            "val_fraction": None if held else val_fraction, "sha256": scan.sha256, "smoke": smoke,
             **({} if inputs else {"python": platform.python_version()}), "skipped": skipped, "splits": splits,
-        }
-        text = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
-        (new / "meta.json").write_text(text, encoding="utf-8", newline="\n")
-        sync(new / "meta.json")
+        })
+        with replacing(out, "meta.json") as new:
+            for path in [*part.glob("*.bin"), *part.glob("tokenizer*.json"), part / "meta.json"]:
+                path.rename(new / path.name)
 
     for which, s in splits.items():
         learned = f", {s['response_tokens']:,} of them learned" if "response_tokens" in s else ""
@@ -438,7 +517,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("corpus", nargs="?", help=f"a corpus known here: {', '.join(corpora.KNOWN)}")
+    add("corpus", nargs="?", help=f"a corpus known here: {', '.join(KNOWN)} (all but stdlib are downloaded)")
     add("--input", nargs="+", metavar="PATH", default=[], help="files and folders of UTF-8 text, or .jsonl")
     add("--name", help="name of the dataset (default: from the first input)")
     add("--val", nargs="+", metavar="PATH", default=[], help="take this text as the whole validation split")
@@ -448,16 +527,17 @@ def main():
     add("--seed", type=int, default=0, help="of the split (default 0)")
     add("--out", metavar="DIR", help="where to write (default data/NAME)")
     add("--overwrite", action="store_true", help="replace the dataset that is there")
+    add("--size", metavar="SIZE", help="text to download of fineweb-edu, such as 1GB (default 100MB)")
     add("--smoke", action="store_true", help="the first megabyte only, into data/NAME-smoke")
     args = parser.parse_args()
     if args.corpus and (args.input or args.name):
         raise UserError(f"give a corpus ({args.corpus}) or --input PATH --name NAME, not both")
     if not args.corpus and not args.input:
         raise UserError("nothing to prepare: give a corpus (stdlib) or --input PATH")
-    if args.corpus and args.corpus not in corpora.KNOWN and Path(args.corpus).exists():
+    if args.corpus and args.corpus not in KNOWN and Path(args.corpus).exists():
         raise UserError(f"{args.corpus} is a path: use --input {args.corpus}")
     prepare(args.corpus or args.name, args.input, args.val, args.out, args.vocab_size, args.tokenizer,
-            args.val_fraction, args.seed, args.overwrite, args.smoke)
+            args.val_fraction, args.seed, args.overwrite, args.smoke, args.size)
 
 
 if __name__ == "__main__":

@@ -206,7 +206,9 @@ class Tokenizer:
             missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
             ranks.update((b, self.vocab_size + i) for i, b in enumerate(missing))
             self._rare = re.compile(b"[" + re.escape(b"".join(missing)) + b"]") if missing else None
-            self._encoding = tiktoken.Encoding("slm", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
+            # a special token that is never asked for: with none tiktoken finds "" at every character, 1.4 x the time
+            self._encoding = tiktoken.Encoding("slm", pat_str=self.pattern, mergeable_ranks=ranks,
+                                               special_tokens={GUARD: self.vocab_size + 256})
         else:
             self._library(False)  # now, so that a broken file is an error at once
         always = self._added.keys() - self.special_tokens.keys()

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from data import UserError, corpora
+import data.prepare as prepare_module
 from data.prepare import find, prepare
 from data.tokenizer import GUARD, SPECIALS, Tokenizer, merges_of, tokenizer_json
 
@@ -332,14 +334,120 @@ def test_interrupted_at_any_time_the_old_dataset_stays(tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    for place in ("data.tokenizer.Tokenizer.encode_array", "data.tokenizer.Tokenizer.save", "pathlib.Path.rename"):
+    for place in ("data.tokenizer.Tokenizer.save", "data.tokenizer.Tokenizer.encode_array", "pathlib.Path.rename"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(place, stop)
             prepare("x", [good], out=out, tokenizer="bytes", overwrite=True)
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-        assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["out"]
+        assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"out", "out.part"}
+    prepare("x", [good], out=out, tokenizer="bytes", overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["out"]
     out.rename(tmp_path / "out.old")  # killed between the two renames
     assert find(tmp_path / "out") == out and {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+@pytest.fixture
+def corpus(tmp_path, texts, monkeypatch):
+    """prepare()'s arguments by kind of data, with steps so small that there are about a hundred."""
+    monkeypatch.setattr(prepare_module, "TASK", 2000)
+    monkeypatch.setattr(prepare_module, "SAVE_EVERY", 5)
+    monkeypatch.setattr(corpora, "PIECE", 3000)
+    (tmp_path / "in").mkdir()
+    for i in range(12):
+        write(tmp_path / "in" / f"{i}.py", texts[i][:10_000])
+    write(tmp_path / "in" / "long.txt", "".join(texts[12:20])[:100_000])
+    write(tmp_path / "in" / "more.jsonl", "".join(json.dumps({"text": t[:1500]}) + "\n" for t in texts[40:70]))
+    write(tmp_path / "qa.jsonl", "".join(json.dumps({"prompt": f"What is {i}?", "response": f"{i} is {t[100:900]}"}) + "\n"
+                                         for i, t in enumerate(texts[:250])))
+    return {"text": dict(name="x", inputs=[tmp_path / "in"], vocab_size=300),
+            "examples": dict(name="x", inputs=[tmp_path / "qa.jsonl"], tokenizer="bytes")}
+
+
+def contents(directory):
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["text", "examples"])
+def test_killed_at_any_time_the_same_command_goes_on_to_the_same_bytes(corpus, kind, tmp_path, monkeypatch, capsys):
+    arguments, out = corpus[kind], tmp_path / "out"
+    whole = contents(prepare(**arguments, out=tmp_path / "whole"))
+    encode, encoded = prepare_module.encode, []
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import data.prepare as p; p.TASK, p.SAVE_EVERY = 2000, 5; "
+            "p.corpora.PIECE = 3000; from pathlib import Path, PosixPath, WindowsPath; encode = p.encode; "
+            "p.encode = lambda *a: time.sleep(0.02) or encode(*a); "          # so that the kill finds it at work
+            "p.prepare(**eval(sys.argv[2]), out=Path(sys.argv[3]))")
+    tasks = 0
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", code, ROOT, repr(arguments), out], stdout=subprocess.DEVNULL)
+        deadline, before = time.time() + 30, tasks
+        while tasks < before + 10 and process.poll() is None and time.time() < deadline:
+            try:
+                tasks = json.loads((tmp_path / "out.part" / "progress.json").read_text(encoding="utf-8")).get("tasks", 0)
+            except OSError:
+                pass
+        process.kill()
+        assert process.wait() not in (0, 1), "it came to its end before it was killed"
+    assert tasks >= 20 and not out.exists()
+    monkeypatch.setattr(prepare_module, "encode", lambda *a: encoded.append(1) or encode(*a))
+    capsys.readouterr()
+    assert contents(prepare(**arguments, out=out)) == whole
+    said = capsys.readouterr().out
+    assert "going on from what an interrupted run left in out.part" in said and "training a byte-level" not in said
+    rest = len(encoded)
+    prepare(**arguments, out=tmp_path / "again")
+    assert rest <= len(encoded) - rest - tasks
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_what_does_not_fit_what_is_there_begins_anew(corpus, tmp_path, monkeypatch):
+    """A file that changed, another flag, files cut by a power failure: never a mixture."""
+    arguments, encode, calls = {**corpus["text"], "vocab_size": None, "tokenizer": "bytes"}, prepare_module.encode, []
+
+    def interrupted():
+        def stop(*a):
+            calls.append(1)
+            if len(calls) > 40:
+                raise KeyboardInterrupt
+            return encode(*a)
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(prepare_module, "encode", stop)
+            prepare(**arguments, out=tmp_path / "out", overwrite=True)
+        assert json.loads((tmp_path / "out.part" / "progress.json").read_text(encoding="utf-8"))["tasks"] >= 20
+
+    interrupted()
+    os.truncate(tmp_path / "out.part" / "train.bin", 1000)
+    assert contents(prepare(**arguments, out=tmp_path / "out")) == contents(prepare(**arguments, out=tmp_path / "whole"))
+    interrupted()
+    other = dict(arguments, seed=1)
+    assert contents(prepare(**other, out=tmp_path / "out", overwrite=True)) == contents(prepare(**other, out=tmp_path / "seed"))
+    interrupted()
+    write(tmp_path / "in" / "0.py", "something else\n" * 1000)
+    assert (contents(prepare(**arguments, out=tmp_path / "out", overwrite=True))
+            == contents(prepare(**arguments, out=tmp_path / "changed")))
+
+
+def test_a_full_disk_loses_nothing(corpus, tmp_path):
+    disk, source = tmp_path / "disk", str(corpus["text"]["inputs"][0])
+    disk.mkdir()
+    if os.name != "posix" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk],
+                                            capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        command = [sys.executable, ROOT / "data" / "prepare.py", "--tokenizer", "bytes", "--out", disk / "ds", "--input"]
+        run = lambda *args: subprocess.run([*command, *args], capture_output=True, encoding="utf-8")
+        assert run(write(tmp_path / "small.txt", "some text\n" * 100)).returncode == 0
+        before = contents(disk / "ds")
+        full = run(source, "--overwrite")
+        assert full.returncode == 2 and full.stderr.startswith("error: the disk is full") and full.stderr.count("\n") == 1
+        assert contents(disk / "ds") == before and "the same command goes on" in full.stdout
+        subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
+        assert "going on" in run(source, "--overwrite").stdout
+        assert contents(disk / "ds") == contents(prepare("ds", [source], out=tmp_path / "ds", tokenizer="bytes"))
+        assert [p.name for p in disk.iterdir()] == ["ds"]
+    finally:
+        subprocess.run(["umount", "-l", disk])
 
 
 def test_mistakes_are_one_sentence(tmp_path):
