@@ -91,6 +91,8 @@ def check(cfg):
     sizes = [flag(n) for n in ("student_width", "student_heads", "student_ffn") if getattr(cfg, n)]
     if sizes and (cfg.init != "random" or cfg.student):
         wrong.append(f"{sizes[0]} needs --init random: the teacher's layers, or --student, have their own")
+    if cfg.fsdp and (cfg.attention_weight or cfg.on_policy):                 # they use a block outside of its forward()
+        wrong.append("--fsdp goes without --attention-weight and --on-policy")
     if wrong:
         raise UserError("; ".join(wrong))
 
@@ -611,17 +613,15 @@ def settings(argv):
                              hidden=(*train.SHAPE, "init_from", "vocab_size", "control_steps"))
     if cfg.exits:                                     # all its weights go on from where they are: small steps
         cfg = dataclasses.replace(cfg, **{k: v for k, v in train.FINE_TUNE.items() if k not in given})
-    out, held = Path(cfg.out), train.check_out(cfg)
-    if cfg.resume and held:
+    out = Path(cfg.out)
+    train.check_out(cfg)
+    if cfg.resume:
         stored = train.read_state(out)["config"]
         for name in OWN & given - {"control", "teacher", "cache_dir"}:
             if getattr(cfg, name) != stored.get(name):
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but the run in {out} has "
                                 f"{stored.get(name)}: leave it out, or give another --out")
         cfg = train.resumed(cfg, given)
-    elif cfg.resume:
-        cfg.resume = False
-        print(f"nothing is saved in {out} yet: starting from the beginning")
     check(cfg)
     for name in ("teacher", "student"):
         if getattr(cfg, name) and whole(getattr(cfg, name)).resolve().parent == out.resolve():
@@ -633,13 +633,12 @@ def settings(argv):
     return cfg, given
 
 
+@train.one_voice()
 def main(argv=None):
     cfg, given = settings(argv)
     out, teacher_dir, machine = Path(cfg.out), whole(cfg.teacher), train.set_up(cfg)
     its_hash = checkpoint_hash(teacher_dir)
     torch.manual_seed(cfg.seed)                                              # of learned projections
-    if cfg.batch_size % machine.size:
-        raise UserError(f"--batch-size {cfg.batch_size} does not divide by the {machine.size} processes")
     teacher = load(teacher_dir, machine.device, machine.dtype if machine.device.type == "cuda" else torch.float32)
     teacher.requires_grad_(False)
     total, window = teacher.config.num_hidden_layers, teacher.config.max_position_embeddings

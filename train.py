@@ -4,12 +4,12 @@
     python train.py --data NAME_OR_DIR --out DIR               # data prepared by data/prepare.py
     python train.py --out DIR --resume                         # go on where it stopped, bit for bit
     python train.py --data NAME_OR_DIR --init-from DIR --out DIR2      # fine-tune
-    torchrun --nproc_per_node 8 train.py --batch-size 64       # several processes share each batch
+    torchrun --nproc_per_node 8 train.py --batch-size 64       # processes share each batch, and with --fsdp the model
 
 A run's directory holds two models, best/ (lowest validation loss) and last/ (with what --resume needs), log.jsonl (one
 line a step) and loss.png. fit() below is the only optimizer loop of this project; distill.py and compress.py call it.
 """
-import argparse, collections, contextlib, dataclasses, inspect, itertools, json, math, os, re, shutil, signal
+import argparse, collections, contextlib, dataclasses, datetime, inspect, itertools, json, math, os, re, shutil, signal
 import statistics, sys, time
 from pathlib import Path
 
@@ -24,8 +24,8 @@ from data import Parser, UserError, run
 from data.loader import IGNORE, LEARNED, Batch, Windows
 from data.prepare import find, prepare
 from data.tokenizer import Tokenizer
-from model import (Config, QuantLinear, Transformer, checkpoint_hash, load, model_name, read_json, refuse_foreign, save,
-                   whole)
+from model import (Config, QuantLinear, Transformer, call, checkpoint_hash, in_c, load, model_name, read_json,
+                   refuse_foreign, save, whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,6 +62,7 @@ class TrainConfig:
     beta1: float = 0.5              # AdamW's first decay: low, as most rows of an embedding have no gradient in a step
     beta2: float = 0.99             # AdamW's second decay
     momentum: float = 0.9           # Muon's
+    newton_schulz: int = 3          # Muon's iterations; in runs of a few hundred steps 5 are worth their time
     schedule: str = "wsd"           # wsd: constant, then linear to zero; cosine: half a cosine to zero
     warmup: int = 20                # steps of linear warm-up
     decay: float = 0.7              # share of the run in which wsd falls
@@ -76,6 +77,8 @@ class TrainConfig:
     device: str = "auto"            # auto, cuda, mps or cpu
     dtype: str = "auto"             # auto, float32, bfloat16 or float16 (of the products; weights stay float32)
     compile: bool = False           # torch.compile: faster on a GPU, needs a C++ compiler and a minute or two
+    checkpoint_activations: bool = False    # keep a block's input only and compute the rest again: for long contexts
+    fsdp: bool = False              # under torchrun: each process keeps a share of weights and optimizer state
     wandb: str = ""                 # log to this Weights & Biases project (WANDB_MODE=offline works)
     smoke: bool = False             # a tiny model on a slice of the data for a few steps: does it run?
 
@@ -116,7 +119,7 @@ def check(cfg):
         ("optimizer", ("muon", "adamw")), ("schedule", ("wsd", "cosine")), ("dtype", tuple(DTYPES)))
         if getattr(cfg, name) not in options]
     wrong += [f"--{name.replace('_', '-')} must be at least {least}" for least, names in (
-        (1, ("layers", "width", "heads", "context", "batch_size", "evals")),
+        (1, ("layers", "width", "heads", "context", "batch_size", "evals", "newton_schulz")),
         (0, ("kv_heads", "head_dim", "ffn", "steps", "micro_batch", "warmup", "lr", "embed_lr", "matrix_lr", "clip",
              "weight_decay", "seed", "eval_tokens", "save_seconds")))
         for name in names if not least <= getattr(cfg, name) < math.inf]
@@ -128,6 +131,8 @@ def check(cfg):
         wrong.append("--steps or --minutes must be above 0")
     if not cfg.init_from and cfg.head_dim == 0 and cfg.width % cfg.heads:
         wrong.append(f"--width ({cfg.width}) does not divide by --heads ({cfg.heads})")
+    if cfg.fsdp and "RANK" not in os.environ:
+        wrong.append("--fsdp spreads the model over processes: start them with torchrun --nproc_per_node N")
     if wrong:
         raise UserError("; ".join(wrong))
 
@@ -159,12 +164,19 @@ def synchronize(device):
 def set_up(cfg):
     """Joins the processes torchrun started, picks device and dtype, measures the matmul rate, and says so."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.batch_size % size:
+        fitting = ", ".join(str(n) for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0)
+        raise UserError(f"--batch-size {cfg.batch_size} does not divide by the {size} processes: start {fitting} of "
+                        f"them, or give a multiple of {size}")
     device = sample.pick_device(cfg.device)
     if size > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, _, _ = next(dist.rendezvous("env://"))     # torchrun's next try meets in it the dead of the last
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
+                                timeout=datetime.timedelta(hours=2))         # the first prepares data, the others wait
     side, why = 4096 if device.type == "cuda" else 1024, "as asked"      # large enough not to time the launch alone
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -180,6 +192,7 @@ def set_up(cfg):
         why = f"bfloat16 multiplies at {ratio:.2f} x float32's rate here"
     elif dtype is None:
         dtype, why = torch.float32, "the safe choice on mps, which is experimental here"
+    dtype = from_first(dtype)                                                # timings differ
     if dtype != torch.float32:
         rate = matmul_rate(device, dtype, 256 if device.type == "cpu" else side)     # emulated, 1024 takes seconds
     machine = Machine(device, dtype, rank, size, rate)
@@ -212,27 +225,126 @@ def all_sum(machine, tensor):
     return tensor
 
 
+def from_first(value):
+    """What the first process has for `value`."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def agree(machine, settings):
+    """Raises UserError if the dict `settings` is not the same in all processes."""
+    all_settings = [settings] * machine.size
+    if machine.size > 1:
+        dist.all_gather_object(all_settings, settings)
+    values = {name: dict.fromkeys(str(s.get(name)) for s in all_settings) for name in settings}
+    if differ := [f"{name} ({' and '.join(v)})" for name, v in values.items() if len(v) > 1]:
+        raise UserError(f"the processes were started with different {', '.join(differ)}: give all the same command, "
+                        "data and files")
+
+
+@contextlib.contextmanager
+def one_voice():
+    """Several processes end with one message, exit code 2 and no traceback, be it that one of them is gone."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, RuntimeError) as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        if isinstance(error, RuntimeError):
+            if not (isinstance(error, dist.DistError) or re.search("gloo|by peer", str(error))):
+                raise
+            error = UserError("another process of this run is gone: the same command with --resume goes on from the "
+                              "last save")
+        with contextlib.suppress(Exception):                                 # torchrun's store outlives the processes
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                                  timeout=datetime.timedelta(seconds=5))
+            if store.add("said in try " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), 1) > 1:
+                time.sleep(1)                            # torchrun ends all when the first ends: let the other speak
+                sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+        raise error from None
+
+
+def launch():
+    """Names a start of torchrun, the same in all its tries (--max-restarts); "" without it."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"process {os.getppid()}" if run_id == "none" else run_id
+
+
+def is_next_try(out):
+    """Whether torchrun has started this process again to go on with OUT/last."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and read_state(out)["launch"] == launch()
+
+
+def shard(forward, machine):
+    """Leaves each process 1/size of every tensor (FSDP: Zhao et al., 2023). A block is whole while it runs; what is in
+    no block, as the head that losses read, from the beginning of forward() to the end of its backward pass."""
+    from torch.distributed.fsdp import fully_shard                           # here, as it takes most of a second
+    mesh = dist.init_device_mesh(machine.device.type, (machine.size,))
+    for module in (*forward.model.model.layers, forward):
+        fully_shard(module, mesh=mesh)
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "placements")                                     # a DTensor
+
+
+def part(tensor):
+    """What this process holds of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def sharded_like(p, tensor):
+    """A tensor that every process holds, sharded as p is."""
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def gathered(x, machine):
+    """x, a tensor or a dict that has some, with sharded ones whole: on the first process's CPU; for others None."""
+    if isinstance(x, dict):
+        return {k: gathered(v, machine) for k, v in x.items()}
+    if not is_sharded(x):
+        return x
+    x = x.full_tensor()                                                      # all processes take part
+    return x.cpu() if machine.rank == 0 else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss
+
+LEAST_ROWS = 160
+
 
 class ThroughHead(torch.autograd.Function):
     """Sum of a loss of the logits x @ weight.T that never holds them all: rows of x (N, C) are taken in chunks, and
     chunk(logits (rows, V) float32, which rows) gives a chunk's loss and its gradient at once, while the probabilities
     are still in the cache (Wijmans et al., 2024).
 
-    A chunk is 2^21 logits on a CPU, 2^26 on a GPU, and a divergence makes about ten float32 copies: 80 MB or 2.6 GB at
-    most, where one copy of all the logits of 8 x 512 tokens and 49,152 ids has 0.8 GB.
+    A chunk is 2^21 logits on a CPU, 2^26 on a GPU, and a divergence makes about ten float32 copies: 80 MB or 2.6 GB,
+    where one copy of all the logits of 8 x 512 tokens and 49,152 ids has 0.8 GB. But LEAST_ROWS at least, as each chunk
+    reads and writes the gradient of all of weight: with 50,304 ids, 41 rows took 1.6 x the time of the plain loss on a
+    CPU, and 166 as long as that.
     """
     @staticmethod
     def forward(ctx, x, weight, chunk):
-        loss, weight_t = torch.zeros((), device=x.device), weight.to(x.dtype)
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        rows = max(1, (2 ** 21 if x.device.type == "cpu" else 2 ** 26) // len(weight))
+        kind = x.device.type                          # autocast does not see products that are written to a tensor
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        loss, grad_x, grad_weight = torch.zeros((), device=x.device), torch.empty_like(x), torch.zeros_like(weight)
+        x, weight_t = x.to(dtype), weight.to(dtype)
+        rows = max(LEAST_ROWS, (2 ** 21 if kind == "cpu" else 2 ** 26) // len(weight))
+        buffer = x.new_empty(min(rows, len(x)), len(weight))
         for i in range(0, len(x), rows):
-            value, grad = chunk((x[i:i + rows] @ weight_t.T).float(), slice(i, i + rows))
-            loss, grad = loss + value, grad.to(x.dtype)
+            part = x[i:i + rows]
+            logits = torch.mm(part, weight_t.T, out=buffer[:len(part)])
+            value, grad = chunk(logits.float(), slice(i, i + rows))
+            loss, grad = loss + value, grad.to(dtype)
             grad_x[i:i + rows] = grad @ weight_t
-            grad_weight += grad.T @ x[i:i + rows]
+            if dtype == weight.dtype:
+                grad_weight.addmm_(grad.T, part)
+            else:
+                grad_weight += grad.T @ part
         ctx.save_for_backward(grad_x, grad_weight)
         return loss
 
@@ -246,6 +358,11 @@ def linear_cross_entropy(x, weight, targets):
     """Sum of cross_entropy(x @ weight.T, targets): x (N, C), weight (V, C), targets (N,) with IGNORE where nothing is
     learned."""
     def chunk(logits, rows):
+        if in_c(logits, None):
+            losses = logits.new_empty(len(logits))
+            if call("cross_entropy", logits, targets[rows].contiguous(), *logits.shape, losses):
+                raise IndexError(f"targets are not all ids below {len(weight)}")
+            return losses.sum(), logits
         t = targets[rows, None]
         keep, t = (t != IGNORE).float(), t.clamp(min=0)
         top, right = logits.amax(1, keepdim=True), logits.gather(1, t)
@@ -271,8 +388,9 @@ class Muon(torch.optim.Optimizer):
 
     Matrices of one shape are orthogonalized as one batch, and in float32 on a CPU, where bfloat16 is slower.
     """
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, iterations=3):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.iterations = iterations
 
     @torch.no_grad()
     def step(self):
@@ -285,26 +403,43 @@ class Muon(torch.optim.Optimizer):
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                momenta, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
+                momenta, grads = [part(self.state[p]["momentum"]) for p in params], [part(p.grad) for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                updates = torch._foreach_lerp(grads, momenta, group["momentum"])                 # Nesterov
-                updates = orthogonalize(torch.stack(updates))                                    # (n, rows, columns)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(updates.to(params[0].dtype)),
+                updates = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))    # Nesterov
+                if is_sharded(params[0]):
+                    updates = orthogonalize_shards(updates, (len(params), rows, columns), params[0].device_mesh,
+                                                   self.iterations)
+                else:
+                    updates = orthogonalize(updates, self.iterations)                            # (n, rows, columns)
+                weights = [part(p) for p in params]
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, list(updates.to(params[0].dtype)),
                                     alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def orthogonalize(x, steps=3):
+def orthogonalize_shards(rows, shape, mesh, iterations):
+    """orthogonalize for matrices (n, rows, columns) = shape of which each process of a mesh holds some rows: they
+    change hands, so that each has some matrices whole, and back. The work is shared, too."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    def turned(parts, dim):
+        stride = (shape[1] * shape[2], shape[2], 1)
+        whole = DTensor.from_local(parts.contiguous(), mesh, [Shard(dim)], shape=torch.Size(shape), stride=stride)
+        return whole.redistribute(placements=[Shard(1 - dim)]).to_local()
+    return turned(orthogonalize(turned(rows, 1), iterations), 0)
+
+
+def orthogonalize(x, iterations=3):
     """About U V^T of each x = U S V^T, x (n, rows, columns), by Newton-Schulz iterations with Jordan's coefficients.
 
-    Three, not his five: at these widths the loss after equal steps was the same, and each costs time on a CPU.
+    Three, not his five: after a few thousand steps the loss is the same, and each costs time on a CPU.
     """
     x = x.bfloat16() if x.is_cuda else x.float()
     transposed = x.shape[1] > x.shape[2]
     if transposed:
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(iterations):
         a = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if transposed else x
@@ -325,7 +460,7 @@ def make_optimizers(model, loss_fn, cfg):
     groups = [g for g in groups if g["params"]]
     optimizers = [torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=1e-10, fused=True)]
     if cfg.optimizer == "muon" and matrices:
-        optimizers.append(Muon(matrices, cfg.matrix_lr, cfg.momentum, cfg.weight_decay))
+        optimizers.append(Muon(matrices, cfg.matrix_lr, cfg.momentum, cfg.weight_decay, cfg.newton_schulz))
     for o in optimizers:
         for g in o.param_groups:
             g["peak"] = g["lr"]
@@ -371,34 +506,42 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     Random state is a function of (seed, step) alone, so a resumed run is the uninterrupted one, bit for bit.
     Raises UserError when the loss or the gradient stops being finite; last/ is then the last good state.
     """
-    out, device = Path(cfg.out), machine.device
+    out, device, fsdp = Path(cfg.out), machine.device, cfg.fsdp and machine.size > 1
+    ddp = machine.size > 1 and not fsdp
+    agree(machine, {**dataclasses.asdict(cfg), **entry})
     scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
     autocast = in_dtype(machine)
-    optimizers = make_optimizers(model, loss_fn, cfg)
     parents, entry = list(model.history), dict(entry)
     step, total, seconds, tokens_seen, best = 0, cfg.steps, 0.0, 0, math.inf
     if cfg.resume:
         state = read_state(out)
         step, total, seconds = state["step"], cfg.steps or state["total"], state["seconds"]
         tokens_seen, best = state["tokens"], state["best"]
-        for o, s in zip(optimizers, state["optimizers"]):
-            peaks = [g["peak"] for g in o.param_groups]
-            o.load_state_dict(s)
-            for g, peak in zip(o.param_groups, peaks):                       # a rate given with --resume holds
-                g["peak"] = peak
         scaler.load_state_dict(state["scaler"])
         if isinstance(loss_fn, nn.Module):
             loss_fn.load_state_dict(state["loss"])
         parents = parents[:-1]                                               # the last entry is this run's own
+    forward = ModelAndLoss(model, loss_fn)
+    if fsdp:
+        shard(forward, machine)
+    optimizers = make_optimizers(model, loss_fn, cfg)
+    for o, s in zip(optimizers, state["optimizers"] if cfg.resume else ()):
+        peaks, params = [g["peak"] for g in o.param_groups], [p for g in o.param_groups for p in g["params"]]
+        for i, kept in s["state"].items() if fsdp else ():                   # files hold whole tensors
+            kept.update({k: sharded_like(params[i], v) for k, v in kept.items() if v.shape == params[i].shape})
+        o.load_state_dict(s)
+        for g, peak in zip(o.param_groups, peaks):                           # a rate given with --resume holds
+            g["peak"] = peak
+    model.model.checkpoint = cfg.checkpoint_activations
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = cfg.dropout
     share = cfg.batch_size // machine.size
     micro = min(cfg.micro_batch or share, share)
     positions = cfg.batch_size * cfg.context                                 # a step's
-    forward = ModelAndLoss(model, loss_fn)
     if cfg.compile:
-        model.compile()                                                      # in place: no prefix in the state dict
+        for module in model.model.layers if fsdp else (model,):
+            module.compile()                                                 # in place: no prefix in the state dict
         try:                                                                 # errors come with the first real step
             with autocast:
                 forward(to_device(batches(0, micro), device))[0].backward()
@@ -406,26 +549,29 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         except Exception as error:
             raise UserError(f"--compile does not work here ({type(error).__name__}): leave it out, or install a C++ "
                             "compiler that torch.compile finds") from None
-    if machine.size > 1:
+    if ddp:
         forward = nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
     log = Log(out / "log.jsonl", step, machine, cfg)
     wanted = Interrupt()
 
     def state_of():
         return dict(step=step, total=total, seconds=seconds, tokens=tokens_seen, best=best, scaler=scaler.state_dict(),
-                    optimizers=[o.state_dict() for o in optimizers], config=dataclasses.asdict(cfg),
-                    loss=loss_fn.state_dict() if isinstance(loss_fn, nn.Module) else {})
+                    optimizers=[gathered(o.state_dict(), machine) for o in optimizers], config=dataclasses.asdict(cfg),
+                    loss=gathered(loss_fn.state_dict(), machine) if isinstance(loss_fn, nn.Module) else {},
+                    launch=launch())
 
     def keep(name, **figures):
         nonlocal saves
-        if not all(p.isfinite().all() for p in model.parameters()):          # the last update was one too large
+        finite = all(part(p).isfinite().all() for p in model.parameters())   # or the last update was one too large
+        if all_sum(machine, torch.tensor(float(not finite))):
             diverged("model")
         saves += 1
         model.history = parents + [{**entry, "steps": step, "tokens": tokens_seen, "seconds": round(seconds, 1),
                                     **figures}]
+        weights, state = gathered(model.state_dict(), machine), state_of() if name == "last" else None
         if machine.rank == 0:
             save(model, out / name, tokenizer,
-                 (lambda new: torch.save(state_of(), new / "training_state.pt")) if name == "last" else None)
+                 state and (lambda new: torch.save(state, new / "training_state.pt")), weights)
 
     def diverged(what):
         raise UserError(f"the {what} is not finite at step {step + 1}" +
@@ -454,7 +600,8 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         for row in range(first, first + share, micro):
             batch = to_device(batches(row, min(micro, first + share - row)), device)
             last = row + micro >= first + share
-            with autocast, contextlib.nullcontext() if last or machine.size == 1 else forward.no_sync():
+            # Sharded gradients are summed over processes each time: to wait, each would have to hold all of them.
+            with autocast, forward.no_sync() if ddp and not last else contextlib.nullcontext():
                 loss, count, extra = forward(batch)
                 scaler.scale(loss * machine.size / positions).backward()     # DDP takes the mean over processes
             sums += torch.stack((loss.detach().float(), count.float()))
@@ -466,7 +613,8 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
             scaler.unscale_(o)
         if count != positions:                                               # masked prompts, padding
             torch._foreach_mul_([p.grad for p in params], positions / max(count, 1))
-        norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf).item()
+        norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)            # over all shards
+        norm = (norm.full_tensor() if fsdp else norm).item()
         if not math.isfinite(loss):
             diverged("loss")
         # float16 overflows now and then: the scaler halves its scale, and no optimizer steps. Not for ever, though.
@@ -495,10 +643,15 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
                   tokens_per_second=round(rate), **{k: v / max(count, 1) for k, v in metrics.items()})
         bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         bar.update()
-        stop = bool(all_sum(machine, torch.tensor(float(wanted.stop))))
+        due = machine.rank == 0 and time.perf_counter() - saved > cfg.save_seconds
+        stop, due = map(bool, all_sum(machine, torch.tensor([float(wanted.stop), float(due)])))
         if total and (step == total or step * cfg.evals // total > (step - 1) * cfg.evals // total):
             start = time.perf_counter()
+            if fsdp:
+                forward.unshard()                                            # what is in no block
             figures = evaluate(model)
+            if fsdp:
+                forward.reshard()
             val = {"val_" + k: v for k, v in figures.items()}
             seconds += time.perf_counter() - start
             if not math.isfinite(figures["loss"]):
@@ -514,7 +667,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
                 keep("best", **val)
             keep("last", **val)
             saved = time.perf_counter()
-        elif stop or machine.rank == 0 and time.perf_counter() - saved > cfg.save_seconds:
+        elif stop or due:
             keep("last")
             saved = time.perf_counter()
         if stop and step != total:
@@ -531,11 +684,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
 
 def plan(step_seconds, eval_cost, cfg, machine):
     """Steps that fit the time budget; the same number on every process."""
-    steps = max(TIMED[-1] + 1, int(60 * cfg.minutes / step_seconds - cfg.evals * eval_cost))
-    if machine.size > 1:
-        shared = torch.tensor(steps, device=machine.device)
-        dist.broadcast(shared, 0)
-        steps = int(shared)
+    steps = from_first(max(TIMED[-1] + 1, int(60 * cfg.minutes / step_seconds - cfg.evals * eval_cost)))
     say(machine, f"{cfg.minutes:g} minutes are {steps:,} steps of {1000 * step_seconds:.0f} ms")
     return steps
 
@@ -606,8 +755,8 @@ def read_state(out):
     file = whole(Path(out) / "last") / "training_state.pt"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        return {k: state[k] for k in ("step", "total", "seconds", "tokens", "best", "scaler", "optimizers", "config",
-                                      "loss")}
+        return {"launch": state.get("launch", "")} | {k: state[k] for k in (
+            "step", "total", "seconds", "tokens", "best", "scaler", "optimizers", "config", "loss")}
     except FileNotFoundError:
         raise UserError(f"{file.parent} has no training_state.pt, so it cannot be resumed: start a new run with "
                         f"--init-from {file.parent}") from None
@@ -685,31 +834,41 @@ def open_model(cfg, given, tokenizer, machine):
 
 def resumed(cfg, given):
     """The config of the run in cfg.out, with the flags that were given. Raises UserError if they change the model."""
-    stored = read_state(cfg.out)["config"]
+    stored, given = read_state(cfg.out)["config"], () if is_next_try(cfg.out) else given
     if "minutes" in given:
         raise UserError("--minutes plans a new run; to go on beyond this one's last step give --steps")
     for name in (*SHAPE, "data", "init_from", "vocab_size", "context", "batch_size", "optimizer", "seed"):
         if name in given and getattr(cfg, name) != stored[name]:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but the run in {cfg.out} has "
                             f"{stored[name]}: leave the flag out, or give another --out")
-    return type(cfg)(**{**stored, **{name: getattr(cfg, name) for name in given}, "out": cfg.out, "resume": True})
+    return type(cfg)(**{**stored, **{name: getattr(cfg, name) for name in given}, "out": cfg.out, "resume": True,
+                        "fsdp": cfg.fsdp})
 
 
 def check_out(cfg):
-    """True if OUT holds a run. Raises UserError if the run may not be written there."""
+    """Sets cfg.resume to whether the run in OUT goes on. Raises UserError if the run may not be written there.
+
+    In torchrun's next try of the run that OUT/last holds (--max-restarts) it does, whatever the flags say.
+    """
     out = Path(cfg.out)
     if out.is_file() or (out / "config.json").exists():
         raise UserError(f"--out {out} is a {'file' if out.is_file() else 'model'}, not a run's directory: give another "
                         "--out")
     for d in ("best", "last"):
         refuse_foreign(out / d)
-    held = any((out / (d + end) / "config.json").exists() for d in ("best", "last") for end in ("", ".new", ".old"))
+    last, held = (any((out / (d + end) / "config.json").exists() for d in names for end in ("", ".new", ".old"))
+                  for names in (("last",), ("best", "last")))
+    if last and is_next_try(out):
+        cfg.resume, cfg.overwrite = True, False
     if held and not (cfg.resume or cfg.overwrite):
         raise UserError(f"{out} holds a model already: go on with --resume, replace it with --overwrite, or give "
                         "another --out")
     if cfg.init_from and not cfg.resume and whole(cfg.init_from).resolve().parent == out.resolve():
         raise UserError(f"--init-from {cfg.init_from} is the run that --out {out} would replace: give another --out")
-    return held
+    if cfg.resume and not held:
+        cfg.resume = False
+        if os.environ.get("RANK", "0") == "0":
+            print(f"nothing is saved in {out} yet: starting from the beginning")
 
 
 def open_data(cfg, given, machine):
@@ -718,7 +877,8 @@ def open_data(cfg, given, machine):
         prepare(cfg.data, vocab_size=cfg.vocab_size, smoke=cfg.smoke)
     if machine.size > 1:
         dist.barrier()
-    directory = find(cfg.data, cfg.smoke)
+    if (directory := find(cfg.data, cfg.smoke)) is None:
+        raise UserError(f"the data {cfg.data} is on the first machine only: prepare or copy it on this one too")
     ids = read_json(directory / "meta.json")["vocab_size"]
     if "vocab_size" in given and cfg.vocab_size != ids:
         raise UserError(f"--vocab-size is {cfg.vocab_size}, but {cfg.data} was prepared with {ids} ids: prepare it "
@@ -743,11 +903,15 @@ def history_entry(cfg, meta, tokenizer, model):
 
 def evaluator(val, cfg, machine, tokenizer):
     """What fit calls to evaluate a model: each process scores its share of the validation windows."""
-    def evaluate(model):
+    def mine():
         batches = val.evaluation_batches(max(1, 8192 // cfg.context), cfg.eval_tokens)
-        mine = itertools.islice(batches, machine.rank, None, machine.size)
+        while turn := list(itertools.islice(batches, machine.size)):     # all take part in each: blocks may be sharded
+            turn += [turn[0]._replace(targets=torch.full_like(turn[0].targets, IGNORE))] * (machine.size - len(turn))
+            yield turn[machine.rank]
+
+    def evaluate(model):
         with in_dtype(machine):
-            sums = sample.score(model, mine, tokenizer.token_bytes())
+            sums = sample.score(model, mine(), tokenizer.token_bytes())
         return sample.figures(*all_sum(machine, sums))
     return evaluate
 
@@ -767,19 +931,15 @@ def show_sample(cfg, machine, tokenizer, val):
     print(f"\nMore: python sample.py {cfg.out} --prompt TEXT")
 
 
+@one_voice()
 def main(argv=None):
     cfg, given = parse(TrainConfig, __doc__, argv)
     out = Path(cfg.out)
-    held = check_out(cfg)
-    if cfg.resume and held:
+    check_out(cfg)
+    if cfg.resume:
         cfg = resumed(cfg, given)
-    elif cfg.resume:
-        cfg.resume = False
-        print(f"nothing is saved in {out} yet: starting from the beginning")
     check(cfg)
     machine = set_up(cfg)
-    if cfg.batch_size % machine.size:
-        raise UserError(f"--batch-size {cfg.batch_size} does not divide by the {machine.size} processes")
     directory = open_data(cfg, given, machine)
     tokenizer = Tokenizer.load(directory)
     model = open_model(cfg, given, tokenizer, machine)

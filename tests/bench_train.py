@@ -33,7 +33,7 @@ CONTEXT = 64
 # Our side of the race, as flags of train.py. With 259 ids (bytes and three special tokens) and a head of its own, this
 # MLP makes as many parameters as nanoGPT has with the 65 characters of Shakespeare.
 RACE = dict(layers=4, width=128, heads=4, ffn=304, context=CONTEXT, batch_size=12, evals=1, eval_tokens=0, device="cpu",
-            dtype="float32")
+            dtype="float32", matrix_lr=0.045, newton_schulz=5, decay=0.9, warmup=5, beta2=0.95)
 NANOGPT = dict(device="cpu", compile=False, eval_iters=1, log_interval=1, block_size=CONTEXT, batch_size=12, n_layer=4,
                n_head=4, n_embd=128, dropout=0.0, always_save_checkpoint=True, out_dir="out")
 SHAPES = {"30M": (6, 384, 6), "124M": (12, 768, 12)}            # throughput's: layers, width, heads
@@ -204,7 +204,7 @@ def starts_with(std):
 ABLATIONS = {
     "nothing": ({},),
     "Muon (AdamW for all)": (dict(optimizer="adamw", matrix_lr=None, beta1=None),),             # at its preset rates
-    "few Newton-Schulz steps (5)": ({}, (train.orthogonalize, "__defaults__", (5,))),
+    "5 Newton-Schulz iterations (3)": (dict(newton_schulz=3),),
     "QK-norm": ({}, (train, "Config", functools.partial(Config, qk_norm=False))),
     "SwiGLU (GELU of as many parameters)": (dict(ffn=RACE["ffn"] * 3 // 2), (
         train, "Config", functools.partial(Config, gated=False, hidden_act="gelu"))),

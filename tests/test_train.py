@@ -1,4 +1,4 @@
-"""Training: what a step computes, resume bit for bit, several processes, saves that survive a kill, bad input."""
+"""Training: what a step computes, resume bit for bit, saves that survive a kill, bad input."""
 import json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -50,7 +50,8 @@ def equal(a, b):
 
 # --- what a step computes ---
 
-def test_linear_cross_entropy_equals_torch():
+def test_linear_cross_entropy_equals_torch(monkeypatch):
+    monkeypatch.setattr(train, "LEAST_ROWS", 1)
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(37, 16, generator=g) * 3, torch.randn(90_000, 16, generator=g)         # 90,000: several chunks
     t = torch.randint(90_000, (37,), generator=g)
@@ -214,12 +215,16 @@ def command(*arguments, **options):
                           timeout=300, **options)
 
 
-def test_two_processes_equal_one(data, tmp_path):
-    flags = ["--data", data, *TINY, "--steps", 6]
-    go(data, tmp_path / "one", "--steps", 6)
-    r = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py", *flags, "--out", tmp_path / "two")
-    assert r.returncode == 0, r.stderr
-    close_runs(tmp_path / "one", tmp_path / "two")
+def test_checkpointed_activations_change_nothing_but_memory(data, whole_run, tmp_path):
+    """Bit for bit, dropout included."""
+    go(data, tmp_path / "run", "--steps", 12, "--dropout", 0.1, "--micro-batch", 2, "--checkpoint-activations")
+    assert steps(tmp_path / "run") == steps(whole_run) and equal(state(tmp_path / "run"), state(whole_run))
+    model, kept, ids = load(whole_run).train(), [], torch.zeros(4, 32, dtype=torch.long)
+    for model.model.checkpoint in (False, True):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept[-1].update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
+            kept.append({})
+            model(ids)
+    assert sum(kept[1].values()) < 0.4 * sum(kept[0].values())
 
 
 def test_bfloat16_and_the_float16_scaler_train(data, tmp_path):
