@@ -610,7 +610,7 @@ def report(cfg, machine, models, val, tokenizer, cached):
 def settings(argv):
     """(config, names of the flags that were given): checked, and of a run that is resumed its own."""
     cfg, given = train.parse(DistillConfig, __doc__, argv, positional=("teacher",),
-                             hidden=(*train.SHAPE, "init_from", "vocab_size", "control_steps"))
+                             hidden=(*train.SHAPE, "preset", "init_from", "vocab_size", "control_steps"))
     if cfg.exits:                                     # all its weights go on from where they are: small steps
         cfg = dataclasses.replace(cfg, **{k: v for k, v in train.FINE_TUNE.items() if k not in given})
     out = Path(cfg.out)

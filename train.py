@@ -41,8 +41,8 @@ class TrainConfig:
     overwrite: bool = False         # replace the run that is in OUT
     # the model (with --init-from: that model's)
     layers: int = 4                 # transformer blocks
-    width: int = 160                # channels of the residual stream
-    heads: int = 2                  # query heads
+    width: int = 96                 # channels of the residual stream
+    heads: int = 0                  # query heads; 0: one for each 32 channels of width
     kv_heads: int = 0               # key-value heads; 0: as many as heads
     head_dim: int = 0               # channels of a head; 0: width / heads
     ffn: int = 0                    # neurons of an MLP; 0: 3 x width
@@ -50,7 +50,8 @@ class TrainConfig:
     vocab_size: int = 4096          # of the tokenizer, when `stdlib` is prepared on the way
     context: int = 256              # window in tokens
     # optimization
-    minutes: float = 5.0            # time budget, evaluation included: turned into steps once, after a few timed steps
+    preset: str = ""                # hour or gpu: settings for an hour on a laptop, or on one large GPU
+    minutes: float = 5.0            # time budget, evaluation included: turned into steps before the rate begins to fall
     steps: int = 0                  # number of steps; 0: from the time budget
     batch_size: int = 4             # windows a step, over all processes
     micro_batch: int = 0            # windows a process holds at once; 0: its whole share, more are accumulated
@@ -86,6 +87,11 @@ class TrainConfig:
 SHAPE = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "tie")      # what only a new model leaves open
 # Where --init-from starts, small steps of all weights keep what was learned.
 FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, beta1=0.9, decay=1.0)
+# More time wants more parameters, and more text than `stdlib` has. `gpu` was never run: it is what others use there.
+PRESETS = {
+    "hour": dict(minutes=60.0, layers=6, width=192, vocab_size=8192, context=512, batch_size=4, evals=10),
+    "gpu": dict(minutes=60.0, layers=12, width=768, heads=12, vocab_size=32768, context=1024, batch_size=64, evals=10,
+                lr=0.004, warmup=100, compile=True)}
 SMOKE = dict(steps=6, layers=2, width=32, heads=2, context=64, batch_size=4, evals=2, eval_tokens=2048, warmup=2)
 
 
@@ -108,9 +114,16 @@ def parse(config_class, description, argv=None, positional=(), hidden=()):
         else:
             parser.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, help=help)
     given = vars(parser.parse_args(argv))
-    preset = {**(dict(matrix_lr=0.003, beta1=0.9) if given.get("optimizer") == "adamw" else {}),
+    if (name := given.get("preset", "")) and name not in PRESETS:
+        raise UserError(f"--preset must be {' or '.join(PRESETS)}, not {name}")
+    preset = {**PRESETS.get(name, {}),
+              **(dict(matrix_lr=0.003, beta1=0.9) if given.get("optimizer") == "adamw" else {}),
               **(FINE_TUNE if given.get("init_from") else {}), **(SMOKE if given.get("smoke") else {})}
     return config_class(**{**preset, **given}), set(given)
+
+
+def heads_of(cfg):
+    return cfg.heads or max(1, cfg.width // 32)
 
 
 def check(cfg):
@@ -119,9 +132,9 @@ def check(cfg):
         ("optimizer", ("muon", "adamw")), ("schedule", ("wsd", "cosine")), ("dtype", tuple(DTYPES)))
         if getattr(cfg, name) not in options]
     wrong += [f"--{name.replace('_', '-')} must be at least {least}" for least, names in (
-        (1, ("layers", "width", "heads", "context", "batch_size", "evals", "newton_schulz")),
-        (0, ("kv_heads", "head_dim", "ffn", "steps", "micro_batch", "warmup", "lr", "embed_lr", "matrix_lr", "clip",
-             "weight_decay", "seed", "eval_tokens", "save_seconds")))
+        (1, ("layers", "width", "context", "batch_size", "evals", "newton_schulz")),
+        (0, ("heads", "kv_heads", "head_dim", "ffn", "steps", "micro_batch", "warmup", "lr", "embed_lr", "matrix_lr",
+             "clip", "weight_decay", "seed", "eval_tokens", "save_seconds")))
         for name in names if not least <= getattr(cfg, name) < math.inf]
     wrong += [f"--{name} must be at least 0 and below 1" for name in ("dropout", "beta1", "beta2", "momentum")
               if not 0 <= getattr(cfg, name) < 1]
@@ -129,8 +142,8 @@ def check(cfg):
         wrong.append("--decay must be between 0 and 1")
     if cfg.steps == 0 and not 0 < cfg.minutes < math.inf:
         wrong.append("--steps or --minutes must be above 0")
-    if not cfg.init_from and cfg.head_dim == 0 and cfg.width % cfg.heads:
-        wrong.append(f"--width ({cfg.width}) does not divide by --heads ({cfg.heads})")
+    if not cfg.init_from and cfg.head_dim == 0 and cfg.width % heads_of(cfg):
+        wrong.append(f"--width ({cfg.width}) does not divide by --heads ({heads_of(cfg)})")
     if cfg.fsdp and "RANK" not in os.environ:
         wrong.append("--fsdp spreads the model over processes: start them with torchrun --nproc_per_node N")
     if wrong:
@@ -479,7 +492,7 @@ def lr_at(step, total, cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-TIMED = range(3, 13)                                    # the steps a time budget is measured on; the first are slower
+PLANNED = 13                          # the step after which a time budget first becomes steps: the first are slower
 
 
 class ModelAndLoss(nn.Module):
@@ -579,7 +592,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
                         ": lower --lr, --embed-lr and --matrix-lr, or use --dtype float32")
 
     model.train()
-    figures, durations, since, overflows, saves = {}, [], (0, 0.0), 0, int(cfg.resume)
+    figures, durations, since, overflows, saves = {}, collections.deque(maxlen=50), (0, 0.0), 0, int(cfg.resume)
     saved = time.perf_counter()
     if total and step >= total:
         say(machine, f"{out} is at step {step} of {total} already: --steps N goes on")
@@ -631,12 +644,12 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         synchronize(device)
         step, tokens_seen, taken = step + 1, tokens_seen + int(count), time.perf_counter() - start
         seconds += taken
-        if not total:
-            durations.append(taken)
-            if step > TIMED[-1]:
-                total = plan(statistics.median(durations[TIMED[0]:] or durations), eval_cost, cfg, machine)
-                bar.total = total
-                bar.refresh()
+        durations.append(taken)
+        # Before the rate falls, runs of any length are the same: a busy moment at first need not make this one short.
+        constant = step < (1 - cfg.decay) * total and cfg.schedule == "wsd"
+        if not cfg.steps and (step % 50 == 0 and constant if total else step >= PLANNED):
+            total = bar.total = plan(step, total, seconds, statistics.median(durations), eval_cost, cfg, machine)
+            bar.refresh()
         loss /= max(count, 1)
         rate, since = positions / taken, (since[0] + 1, since[1] + taken)
         log.write(step=step, loss=loss, lr=factor, grad_norm=norm, tokens=tokens_seen, seconds=round(seconds, 3),
@@ -682,10 +695,13 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     return figures
 
 
-def plan(step_seconds, eval_cost, cfg, machine):
-    """Steps that fit the time budget; the same number on every process."""
-    steps = from_first(max(TIMED[-1] + 1, int(60 * cfg.minutes / step_seconds - cfg.evals * eval_cost)))
-    say(machine, f"{cfg.minutes:g} minutes are {steps:,} steps of {1000 * step_seconds:.0f} ms")
+def plan(step, total, seconds, step_seconds, eval_cost, cfg, machine):
+    """Steps that fit the time budget, of which `seconds` have passed; the same number on every process. `total`, what
+    was planned before, stays if it is right to 2 %."""
+    steps = from_first(max(step + 1, int(step + (60 * cfg.minutes - seconds) / step_seconds - cfg.evals * eval_cost)))
+    if abs(steps - total) <= 0.02 * total:
+        return total
+    say(machine, f"step {step}: {cfg.minutes:g} minutes are {steps:,} steps of {1000 * step_seconds:.0f} ms")
     return steps
 
 
@@ -823,10 +839,11 @@ def open_model(cfg, given, tokenizer, machine):
             raise UserError(f"--context {cfg.context} is more than this model's window of {window}")
         cfg.context = min(cfg.context, window)
     else:
+        heads = heads_of(cfg)
         model = Transformer(Config(
             vocab_size=tokenizer.vocab_size, hidden_size=cfg.width, intermediate_size=cfg.ffn or 3 * cfg.width,
-            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads or cfg.heads,
-            head_dim=cfg.head_dim or cfg.width // cfg.heads, max_position_embeddings=cfg.context,
+            num_hidden_layers=cfg.layers, num_attention_heads=heads, num_key_value_heads=cfg.kv_heads or heads,
+            head_dim=cfg.head_dim or cfg.width // heads, max_position_embeddings=cfg.context,
             tie_word_embeddings=cfg.tie))
         model.initialize(torch.Generator().manual_seed(cfg.seed))
     return model.to(machine.device)

@@ -354,10 +354,9 @@ def scale(args):
         if not (data / "meta.json").exists():
             prepare(args.data, vocab_size=vocab, out=data)
         width, layers = map(int, shape.split("x"))
-        heads = max(h for h in range(1, max(1, width // 64) + 1) if width % (2 * h) == 0)     # of about 64 channels
         print(f"training {folder.name}", flush=True)
         command(ROOT, ROOT / "train.py", *args.flags.split(), data=data, out=folder, layers=layers, width=width,
-                heads=heads, minutes=minutes, overwrite=True)
+                minutes=minutes, overwrite=True)
     rows = finished(out)
     if not rows:
         raise UserError(f"--out {out} holds no run that has ended: --shapes 128x4 makes one")

@@ -332,6 +332,14 @@ def test_a_finished_run_resumes_to_itself_and_further(data, whole_run, tmp_path,
     assert steps(run)[:12] == steps(whole_run)[:12] and len(load(run / "last").history) == 1
 
 
+def test_a_time_budget_becomes_steps_again_when_the_machine_was_busy_at_first(capsys):
+    cfg, machine = train.TrainConfig(minutes=1, evals=3), train.Machine(torch.device("cpu"), torch.float32, 0, 1, 1.0)
+    assert train.plan(13, 0, 13.0, 1.0, 2.0, cfg, machine) == 54             # 13 + 47 s / 1 s - 3 evaluations of 2 steps
+    assert train.plan(50, 54, 20.0, 0.1, 2.0, cfg, machine) == 444 and "444 steps of 100 ms" in capsys.readouterr().out
+    assert train.plan(100, 444, 25.5, 0.1, 2.0, cfg, machine) == 444 and not capsys.readouterr().out       # 439: near
+    assert train.plan(60, 444, 61.0, 0.1, 2.0, cfg, machine) == 61           # the time is over: one more, and its end
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(data, tmp_path):
     go(data, tmp_path / "run", "--steps", 4)
     with pytest.raises(UserError, match="not finite at step .*last good checkpoint"):
