@@ -592,7 +592,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
                         ": lower --lr, --embed-lr and --matrix-lr, or use --dtype float32")
 
     model.train()
-    figures, durations, since, overflows, saves = {}, collections.deque(maxlen=50), (0, 0.0), 0, int(cfg.resume)
+    figures, durations, since, overflows, saves = {}, collections.deque(maxlen=200), (0, 0.0), 0, int(cfg.resume)
     saved = time.perf_counter()
     if total and step >= total:
         say(machine, f"{out} is at step {step} of {total} already: --steps N goes on")
@@ -645,9 +645,9 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         step, tokens_seen, taken = step + 1, tokens_seen + int(count), time.perf_counter() - start
         seconds += taken
         durations.append(taken)
-        # Before the rate falls, runs of any length are the same: a busy moment at first need not make this one short.
-        constant = step < (1 - cfg.decay) * total and cfg.schedule == "wsd"
-        if not cfg.steps and (step % 50 == 0 and constant if total else step >= PLANNED):
+        # Until the rate falls, runs of any length are the same: a busy moment at first need not make this one short.
+        falls = cfg.schedule == "wsd" and step - 1 < (1 - cfg.decay) * total <= step
+        if not cfg.steps and (falls if total else step >= PLANNED):
             total = bar.total = plan(step, total, seconds, statistics.median(durations), eval_cost, cfg, machine)
             bar.refresh()
         loss /= max(count, 1)
