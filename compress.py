@@ -71,7 +71,7 @@ from torch import nn
 from tqdm import tqdm
 
 import distill, sample, train
-from data import Parser, UserError, replacing_file, run, settle
+from data import Parser, UserError, replacing_file, run, settle, write_json
 from data.export import GGUF_STORED, GGUF_TYPES, import_gguf, write_gguf
 from data.loader import IGNORE, Batch, Windows
 from data.prepare import find
@@ -79,7 +79,7 @@ from data.tokenizer import Tokenizer
 from data.tokenizer import pairs as merge_pairs
 from model import (FAMILIES, LAYERS, SIZES, Int4Linear, LowRankLinear, QuantLinear, Transformer, absmax_scales,
                    checkpoint_hash, dequantized, load, minmax_grid, model_name, read_json, refuse_foreign, rounded,
-                   save, whole, write_json)
+                   save, whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,11 +22,11 @@ from torch import nn
 from tqdm import tqdm
 
 import sample, train
-from data import UserError, replacing, run, sync
+from data import UserError, replacing, run, sync, write_json
 from data.loader import IGNORE, Batch, Windows
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from model import Transformer, checkpoint_hash, load, model_name, read_json, rotate, whole, write_json
+from model import Transformer, checkpoint_hash, load, model_name, placed, read_json, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,12 +157,10 @@ def attention_map(attention, x, rotary, mask):
     """The log of a layer's attention weights (B, H, T, T) for the input x (B, T, C) it had: the fused kernel of the
     forward pass keeps none."""
     B, T, _ = x.shape
-    q = attention.q_norm(attention.q_proj(x).view(B, T, -1, attention.head_dim))                       # (B, T, H, D)
-    k = attention.k_norm(attention.k_proj(x).view(B, T, -1, attention.head_dim))                       # (B, T, K, D)
-    if rotary is not None:
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).float() * attention.head_dim ** -0.5          # (B, H, T, T)
+    q = placed(attention.q_proj(x).view(B, T, -1, attention.head_dim), attention.q_norm, rotary)       # (B, H, T, D)
+    k = placed(attention.k_proj(x).view(B, T, -1, attention.head_dim), attention.k_norm, rotary)       # (B, K, T, D)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q @ k.mT).float() * attention.head_dim ** -0.5                                           # (B, H, T, T)
     seen = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() if mask is None else mask
     return scores.masked_fill(~seen, -1e9).log_softmax(-1)
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError, replacing, sync
+from data import UserError, replacing, sync, write_json
 
 FORMAT = 1                                  # of what we add to config.json; a newer one is refused by name
 COMPRESSED = "slm-compressed"               # model_type of a directory with layers that only this code knows
@@ -1682,9 +1682,7 @@ def save(model, directory, tokenizer=None, extra=None, state=None):
         for file in new.iterdir():                                 # on disk before config.json says that it is whole
             sync(file)
         shutil.copymode(new / "README.md", new / "model.safetensors")      # safetensors lets nobody else read it
-        write_json(new / "config.json.tmp", config)
-        sync(new / "config.json.tmp")
-        os.replace(new / "config.json.tmp", new / "config.json")
+        write_json(new / "config.json", config)
 
 
 def refuse_foreign(directory):
@@ -1692,10 +1690,6 @@ def refuse_foreign(directory):
     directory = Path(directory)
     if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").exists():
         raise UserError(f"{directory} is there and holds something else than a model: give another directory")
-
-
-def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_name(path):

@@ -142,7 +142,7 @@ def resumable(directory, made_from):
 
 def write_json(path, content):
     with replacing_file(path) as new:
-        new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+        new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def sync(path):

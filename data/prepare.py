@@ -21,7 +21,6 @@ import contextlib
 import difflib
 import hashlib
 import itertools
-import json
 import os
 import platform
 import re
@@ -103,7 +102,8 @@ class Scan:
             write_json(part / "progress.json", progress)
         self.kind, self.sha256 = progress[label]["kind"], progress[label]["sha256"]
         skipped.update(progress[label]["skipped"])
-        self.sizes, self.usable, self.digests = (np.array(self._rows()[name]) for name in ("size", "usable", "digest"))
+        rows = self._rows()
+        self.sizes, self.usable, self.digests = (np.array(rows[name]) for name in ("size", "usable", "digest"))
 
     def _rows(self):
         return np.memmap(self.path, ROW, "r") if self.path.stat().st_size else np.zeros(0, ROW)  # nothing is no map

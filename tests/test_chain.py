@@ -1,5 +1,5 @@
 """Chains of steps: how they are written, their order, stages and resuming, recovery, and the sweep over many of them."""
-import contextlib, io, json, os, random, re, subprocess, sys
+import contextlib, io, json, random, re
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from data import UserError
 from data.loader import Windows
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from model import Config, Transformer, load, save
+from model import load, save
 from shared import fresh_logits, trained
 
 ROOT = Path(__file__).resolve().parent.parent

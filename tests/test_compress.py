@@ -1,5 +1,5 @@
 """Quantized layers and the steps that make them: bounds, exact storage, strict loading, and the command."""
-import ctypes, functools, json, math, os, re, shutil, subprocess, sys, tempfile
+import ctypes, functools, json, math, os, re, shutil, subprocess, tempfile
 from pathlib import Path
 
 import pytest

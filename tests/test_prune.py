@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import compress, sample, train
+import compress
 from data import UserError
 from data.loader import Batch, Windows
 from data.prepare import prepare

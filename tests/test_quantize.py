@@ -12,7 +12,7 @@ from data import UserError
 from data.loader import Batch, Windows
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from model import (LAYERS, Config, Int4Linear, Transformer, absmax_scales, config_from_hub,
+from model import (LAYERS, Int4Linear, Transformer, absmax_scales, config_from_hub,
                    dequantized, load, minmax_grid, rounded, save)
 from shared import correlated, hessian_of, trained
 

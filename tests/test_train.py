@@ -1,5 +1,5 @@
 """Training: what a step computes, resume bit for bit, saves that survive a kill, bad input."""
-import json, os, random, shutil, signal, subprocess, sys, time
+import json, random, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
