@@ -252,7 +252,7 @@ def narrowed(windows, count, seed):
     """`count` of the Windows (at most all), drawn by `seed`, without the shift: each epoch reads the very same ones."""
     windows, n = copy.copy(windows), windows.per_epoch
     keep = np.sort(np.random.default_rng(seed).permutation(n)[:max(1, min(count, n))])
-    windows.starts, windows.ends = windows.starts[keep], None if windows.ends is None else windows.ends[keep]
+    windows.windows = [windows.windows[w] for w in keep]
     windows.per_epoch, windows.max_shift, windows._epoch = len(keep), 0, None
     return windows
 
@@ -312,7 +312,7 @@ def make_cache(directory, teacher, windows, header, cfg, machine, vocab_size):
         return systematic(probs, draws[-1], random)
     with replacing(directory, "header.json") as new:
         files = [open(new / f"{name}.bin", "wb") for name in ("lengths", "ids", "counts", "offsets")]
-        for batch in tqdm(windows.evaluation_batches(rows), total=-(-len(windows.starts) // rows), desc="teacher",
+        for batch in tqdm(windows.evaluation_batches(rows), total=-(-len(windows.windows) // rows), desc="teacher",
                           unit="batch", disable=None, leave=False):
             learned = (batch.targets != IGNORE).numpy()                                                # (rows, T)
             labels = zip(*map(label, teacher_probs(teacher, batch, machine, vocab_size)))

@@ -975,8 +975,9 @@ def main(argv=None):
         f"{c.max_position_embeddings}")
     say(machine, f"{positions:,} tokens a step; each of {cfg.evals} evaluations reads {eval_tokens:,} of "
         f"{sizes['val']['tokens']:,} validation tokens")
-    if train.truncated:
-        say(machine, f"{train.truncated:,} examples exceed the window of {cfg.context} tokens and are cut there")
+    if train.long:
+        say(machine, f"{train.long:,} examples exceed the window of {cfg.context} tokens: they are learned in pieces, each "
+            "read behind half a window" + f"; {train.unread:,} prompts exceed it alone" * bool(train.unread))
 
     fit(model, lambda first, count: train.training_rows(cfg.seed, first, count), cross_entropy, cfg, machine,
         evaluate=evaluator(val, cfg, machine, tokenizer), tokenizer=tokenizer, entry=entry,

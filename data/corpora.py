@@ -4,7 +4,7 @@ Where documents come from: the standard library's own source, files and folders 
     for name, parts in corpora.documents(corpora.source(["notes/", "faq.jsonl"]), skipped := Counter()): ...
 
 A document is its name and its parts. Text comes as an iterator of pieces (str, about 1 MB each, so that a large file is
-never held whole); an example as a tuple (prompt, response). Nothing is normalized: line ends stay as they are, only a
+never held whole); prompt and response as an Example. Nothing is normalized: line ends stay as they are, only a
 byte-order mark goes. What cannot be used is counted in `skipped` by reason.
 """
 
@@ -32,6 +32,12 @@ class File(NamedTuple):
     path: Path
     lf: bool = False  # turn CRLF into LF
     end: bytes = b""  # what stands between documents, of a file that holds many
+
+
+class Example(NamedTuple):
+    prompt: str
+    response: str
+    fields: dict  # all of the line
 
 
 class Skip(Exception):
@@ -149,9 +155,25 @@ def pieces(texts):
 
 
 def jsonl(path, name):
-    """Yield (place, parts) per line: {"text"} as pieces, {"prompt", "response"} as a tuple; other fields are ignored.
+    """Yield (place, parts) per line: {"text"} as pieces, {"prompt", "response"} as an Example.
 
     Raises UserError naming file and line for anything else; blank lines are passed over.
+    """
+    for place, fields in objects(path, name):
+        text = fields.get("text")
+        if all(isinstance(fields.get(key), str) for key in ("prompt", "response")):
+            yield place, Example(clean(fields["prompt"]), clean(fields["response"]), fields)
+        elif isinstance(text, str):
+            text = clean(text)
+            yield place, pieces(text[i:i + PIECE] for i in range(0, len(text), PIECE))
+        else:
+            raise UserError(f'{place}: needs the string field "text", or the two "prompt" and "response"')
+
+
+def objects(path, name):
+    """Yield (place, dict) per line of a .jsonl file that is not blank; {} for JSON that is no object.
+
+    Raises UserError naming file and line for what is not UTF-8 or not JSON.
     """
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
@@ -164,15 +186,7 @@ def jsonl(path, name):
                 raise UserError(f"{place}: not UTF-8; save the file as UTF-8") from None
             except (ValueError, RecursionError) as e:
                 raise UserError(f"{place}: not valid JSON ({e}); repair or remove the line") from None
-            fields = row if isinstance(row, dict) else {}
-            text, pair = fields.get("text"), (fields.get("prompt"), fields.get("response"))
-            if all(isinstance(x, str) for x in pair):
-                yield place, tuple(map(clean, pair))
-            elif isinstance(text, str):
-                text = clean(text)
-                yield place, pieces(text[i:i + PIECE] for i in range(0, len(text), PIECE))
-            else:
-                raise UserError(f'{place}: needs the string field "text", or the two "prompt" and "response"')
+            yield place, row if isinstance(row, dict) else {}
 
 
 def clean(text):

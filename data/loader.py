@@ -3,6 +3,7 @@
 Row n of a run is a pure function of (seed, n), and step s of batch size B takes rows s * B ... s * B + B - 1. So there
 is nothing to store for resuming, and ranks or accumulation only choose which of a step's rows they read.
 """
+import bisect
 import json
 from collections import namedtuple
 from pathlib import Path
@@ -18,80 +19,122 @@ LEARNED, FIRST = 1, 2   # bits of *.mask.bin: this token is learned; this token 
 Batch = namedtuple("Batch", "ids targets segments")     # (B, T) int64 each; segments None unless examples are packed
 
 
+def open_split(directory, split):
+    """(meta.json as a dict, the split's tokens, its mask or None), mapped."""
+    directory = Path(directory)
+    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    open_file = lambda name, dtype: np.memmap(directory / name, dtype, "r") if (directory / name).stat().st_size else (
+        np.zeros(0, dtype))                                  # nothing is no map
+    return (meta, open_file(f"{split}.bin", meta["dtype"]),
+            open_file(f"{split}.mask.bin", np.uint8) if meta["kind"] == "examples" else None)
+
+
 class Windows:
     """One split cut into windows of `context` tokens and the token after each.
 
     Plain text: an epoch is all windows but one, which fit behind a shift; order and shift are new in each epoch, so all
-    tokens are learned about equally often. Prompts and responses: whole examples, as many as fit; one longer than the
-    window begins one and is cut (`truncated` counts them). Raises UserError if the split is shorter than one window.
+    tokens are learned about equally often. Prompts and responses: whole examples, as many as fit. One longer than the
+    window is taken in pieces, each read behind half a window of what came before it, as in generation; `long` counts
+    those examples, `unread` those whose prompt alone is longer, so that its beginning is out of sight of the response.
+    pieces: (n, 3) int64, each (start, fresh, end): tokens start ... end - 1 are read, those from fresh on learned
+    windows: the numbers of the pieces in each
+    Raises UserError if the split is shorter than one window.
     """
     def __init__(self, directory, split, context):
-        directory = Path(directory)
-        self.meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        self.context, self.truncated = context, 0
-        self.tokens = np.memmap(directory / f"{split}.bin", dtype=self.meta["dtype"], mode="r")
-        self.mask = None
-        length = len(self.tokens)
-        if self.meta["kind"] == "examples":
-            self.mask = np.memmap(directory / f"{split}.mask.bin", dtype=np.uint8, mode="r")
-            self._pack(np.flatnonzero(self.mask & FIRST), length)
-        elif length < context + 1:
-            raise UserError(f"the {split} split of {directory.name} has {length} tokens, less than one window of "
+        self.meta, tokens, mask = open_split(directory, split)
+        if mask is None and len(tokens) < context + 1:
+            raise UserError(f"the {split} split of {Path(directory).name} has {len(tokens)} tokens, less than one window of "
                             f"{context} and the token after it: give it more text or lower --context")
+        self._lay_out(tokens, mask, context)
+
+    @classmethod
+    def of(cls, examples, context):
+        """Windows of examples in memory: a list of (ids, mask), as data/prepare.py encodes them."""
+        windows = cls.__new__(cls)
+        windows._lay_out(*map(np.concatenate, zip(*examples)), context)
+        return windows
+
+    def _lay_out(self, tokens, mask, context):
+        self.tokens, self.mask, self.context, self.long, self.unread = tokens, mask, context, 0, 0
+        length = len(tokens)
+        if mask is not None:
+            self.pieces = self._cut(np.flatnonzero(self.mask & FIRST), length)
+            self.windows = packed((self.pieces[:, 2] - self.pieces[:, 0] - 1).tolist(), context)
         else:
-            self.starts, self.ends = np.arange(0, length - 1, context), None
-        self.per_epoch = len(self.starts) if self.mask is not None else max(1, (length - 1) // context - 1)
+            starts = np.arange(0, length - 1, context)
+            self.pieces = np.stack((starts, starts, np.minimum(starts + context + 1, length)), 1)
+            self.windows = np.arange(len(starts))[:, None]
+        self.per_epoch = len(self.windows) if self.mask is not None else max(1, (length - 1) // context - 1)
         self.max_shift = 0 if self.mask is not None else length - 1 - self.per_epoch * context
         self._epoch = None
 
-    def _pack(self, firsts, length):
+    def _cut(self, firsts, length):
         bounds = np.append(firsts, length)
         if len(firsts) == 0:
-            raise UserError("the split has no examples: give it more data")
-        starts, ends, i = [], [], 0
-        while i < len(firsts):
-            j = np.searchsorted(bounds, bounds[i] + self.context + 1, side="right") - 1   # examples i ... j - 1 fit
-            self.truncated += int(j <= i)
-            j = max(j, i + 1)
-            starts.append(bounds[i])
-            ends.append(min(bounds[j], bounds[i] + self.context + 1))
-            i = j
-        self.starts, self.ends = np.array(starts), np.array(ends)
+            raise UserError("the split has no examples: prepare it anew with more data, or --val-fraction")
+        learned = np.append(np.flatnonzero(self.mask & LEARNED), length)
+        answers = learned[np.searchsorted(learned, firsts)]                               # where each response begins
+        self.long = int((np.diff(bounds) > self.context + 1).sum())
+        self.unread = int((answers - firsts > self.context).sum())
+        pieces = []
+        for start, answer, last in zip(firsts.tolist(), answers.tolist(), bounds[1:].tolist()):
+            fresh = start
+            while last - start > self.context + 1:
+                end = start + self.context + 1
+                if end > answer:                             # or nothing of it is learned
+                    pieces.append((start, fresh, end))
+                start, fresh = end - max(1, self.context // 2), end
+            pieces.append((start, fresh, last))
+        return np.array(pieces)
 
-    def _rows(self, starts, ends):
-        B, T = len(starts), self.context
+    def _rows(self, windows, shift=0):
+        B, T = len(windows), self.context
         ids, targets = np.zeros((B, T), np.int64), np.full((B, T), IGNORE, np.int64)
         segments = np.zeros((B, T), np.int64) if self.mask is not None else None
-        for row, (start, end) in enumerate(zip(starts, ends)):
-            window = self.tokens[start:end].astype(np.int64)
-            ids[row, :len(window) - 1], targets[row, :len(window) - 1] = window[:-1], window[1:]
-            if self.mask is not None:
-                mask = self.mask[start:end]
-                targets[row, :len(window) - 1][(mask[1:] & (LEARNED | FIRST)) != LEARNED] = IGNORE
-                segments[row, :len(window) - 1] = np.cumsum(mask[:-1] & FIRST)
+        for row, window in enumerate(windows):
+            n = 0
+            for segment, piece in enumerate(window, 1):
+                start, fresh, end = self.pieces[piece] + shift
+                tokens, here, n = self.tokens[start:end], slice(n, n + end - start - 1), n + end - start - 1
+                ids[row, here], targets[row, here] = tokens[:-1], tokens[1:]
+                if self.mask is not None:
+                    not_learned = self.mask[start + 1:end] & LEARNED == 0
+                    not_learned[:max(0, fresh - start - 1)] = True
+                    targets[row, here][not_learned] = IGNORE
+                    segments[row, here] = segment
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets),
                      None if segments is None else torch.from_numpy(segments))
 
     def training_rows(self, seed, first, count):
         """Rows first ... first + count - 1 of the endless, shuffled stream that `seed` names."""
-        starts, ends = [], []
+        windows = []
         for n in range(first, first + count):
             epoch, w = divmod(n, self.per_epoch)
             if self._epoch is None or self._epoch[0] != (seed, epoch):
                 random = np.random.default_rng((seed, epoch))
                 self._epoch = ((seed, epoch), random.permutation(self.per_epoch), random.integers(self.max_shift + 1))
             _, order, shift = self._epoch
-            start = self.starts[order[w]] + shift
-            starts.append(start)
-            ends.append(start + self.context + 1 if self.ends is None else self.ends[order[w]])
-        return self._rows(starts, ends)
+            windows.append(self._rows([self.windows[order[w]]], shift))
+        return Batch(*(None if t[0] is None else torch.cat(t) for t in zip(*windows)))
 
     def evaluation_batches(self, batch_size, max_tokens=None):
         """Every window of the split once, in order; or as many as hold max_tokens, spread over the split."""
-        chosen = np.arange(len(self.starts))
+        chosen = np.arange(len(self.windows))
         if max_tokens and len(chosen) * self.context > max_tokens:
             chosen = np.linspace(0, len(chosen) - 1, max(1, max_tokens // self.context)).astype(int)
         for i in range(0, len(chosen), batch_size):
-            starts = self.starts[chosen[i:i + batch_size]]
-            yield self._rows(starts, np.minimum(starts + self.context + 1, len(self.tokens)) if self.ends is None
-                             else self.ends[chosen[i:i + batch_size]])
+            yield self._rows([self.windows[w] for w in chosen[i:i + batch_size]])
+
+
+def packed(sizes, room):
+    """Which of the pieces share a window of `room`, lists of their numbers: each, the largest first, goes where it
+    leaves the least room (best-fit decreasing; for language models Ding et al., 2024)."""
+    windows, rooms = [], []                                  # rooms: (what is left, window), sorted
+    for piece in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        at = bisect.bisect_left(rooms, (sizes[piece],))
+        left, window = rooms.pop(at) if at < len(rooms) else (room, len(windows))
+        if window == len(windows):
+            windows.append([])
+        windows[window].append(piece)
+        bisect.insort(rooms, (left - sizes[piece], window))
+    return windows

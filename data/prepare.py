@@ -14,13 +14,15 @@ goes on from it.
 
 Files: *.bin are little-endian uint16 (uint32 from 65,536 ids on), each document followed by the end-of-text token.
 Examples end with the token that ends the template's turn instead (<|im_end|>), and have *.mask.bin beside them, a uint8
-per token: bit 0 set where the token is learned (the response and its end), bit 1 at the first token of an example.
+per token: bit 0 set where the token is learned (the response and its end), bit 1 at the first token of an example. Those
+held out are in val.jsonl too, with all their fields, for sample.py --eval.
 """
 
 import contextlib
 import difflib
 import hashlib
 import itertools
+import json
 import os
 import platform
 import re
@@ -38,6 +40,7 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run as a script, the first import path is data/, not the root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data import Parser, UserError, corpora, download, replacing, resumable, run, settle, sync, write_json
+from data.loader import FIRST, LEARNED
 from data.tokenizer import SPECIALS, Tokenizer
 
 HERE, KNOWN = Path(__file__).resolve().parent, [*corpora.KNOWN, *download.CORPORA]
@@ -122,14 +125,14 @@ class Scan:
                 try:
                     for text, data in utf8(parts, smoke):
                         # of an example the response only: prompts may be alike on both sides of the split
-                        hashed = minhash(data if text is not None else parts[1].encode("utf-8"))
+                        hashed = minhash(data if text is not None else parts.response.encode("utf-8"))
                         signature = np.minimum(signature, hashed)
                         digest.update(data)
                         size += len(data)
                         bar.update(len(data))
                     if size == 0:
                         raise corpora.Skip("empty")
-                    if isinstance(parts, tuple) and not parts[1].strip():
+                    if isinstance(parts, tuple) and not parts.response.strip():
                         raise corpora.Skip("empty response")
                     whole.update(name.encode("utf-8", "surrogateescape") + b"\0" + digest.digest())
                     kind = "examples" if isinstance(parts, tuple) else "text"
@@ -148,7 +151,7 @@ class Scan:
 def utf8(parts, smoke=False):
     """Yield (piece, its bytes) of a text, or (None, bytes) of an example; a smoke run takes the first piece only."""
     if isinstance(parts, tuple):
-        yield None, "\0".join(parts).encode("utf-8")
+        yield None, "\0".join(parts[:2]).encode("utf-8")
     else:
         yield from ((piece, piece.encode("utf-8")) for piece in itertools.islice(parts, 1 if smoke else None))
 
@@ -266,7 +269,7 @@ def training_text(files, side, sizes, fraction, smoke):
         if side[i] not in (TRAIN, BOTH):
             continue
         for which, text, _ in placed(parts, side[i], sizes[i], fraction, smoke):
-            text = "\n".join(parts) if text is None else text
+            text = "\n".join(parts[:2]) if text is None else text
             debt += rate * len(text)
             if which == TRAIN and (debt >= len(text) or rate == 1):
                 debt -= len(text)
@@ -287,8 +290,8 @@ def encode_example(tokenizer, prompt, response):
     ends = np.flatnonzero(np.isin(tail, tokenizer.eos_ids))
     tail = tail[:ends[-1] + 1] if len(ends) else np.append(tail, np.uint32(tokenizer.eos_id))
     mask = np.zeros(len(head) + len(tail), np.uint8)
-    mask[len(head):] = 1
-    mask[0] |= 2
+    mask[len(head):] = LEARNED
+    mask[0] |= FIRST
     return np.concatenate([head, tail]), mask
 
 
@@ -321,7 +324,7 @@ def tasks(sources, kind, fraction, smoke, stats):
                     task.append((which, None))
             if kind == "examples":
                 stats[which]["bytes"] -= 1  # the \0 between the two
-                stats[which]["response_bytes"] += len(parts[1].encode("utf-8"))
+                stats[which]["response_bytes"] += len(parts.response.encode("utf-8"))
     yield task, held
 
 
@@ -330,7 +333,7 @@ def encode(tokenizer, task, dtype):
     added = [bytearray() for _ in range(4)]
     for which, item in task:
         if isinstance(item, tuple):
-            ids, mask = encode_example(tokenizer, *item)
+            ids, mask = encode_example(tokenizer, item.prompt, item.response)
             added[2 + which] += mask.tobytes()
         else:
             ids = np.array([tokenizer.eos_id]) if item is None else tokenizer.encode_array(item)
@@ -392,6 +395,16 @@ def write(part, progress, tokenizer, sources, kind, fraction, smoke):
         if kind == "examples":
             s["response_tokens"] = progress["learned"][which]
     return dict(zip(("train", "val"), stats)), dtype.name
+
+
+def write_held_out(path, sources):
+    """The validation examples of `sources`, as they were, a line each."""
+    with open(path, "w", encoding="utf-8", newline="\n") as out:
+        for files, side, _ in sources:
+            for which, (_, example) in zip(side, corpora.documents(files, Counter())):
+                if which == VAL:
+                    out.write(corpora.clean(json.dumps(example.fields, ensure_ascii=False)) + "\n")
+    sync(path)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -489,6 +502,8 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
         sources = [(files, side, scan.sizes)]
         if held:
             sources.append((val_files, np.where(held.usable, VAL, DROP), held.sizes))
+        if scan.kind == "examples":
+            write_held_out(part / "val.jsonl", sources)
         splits, dtype = write(part, progress, tokenizer, sources, scan.kind, val_fraction, smoke)
         skipped = {reason: n for reason, n in sorted(skipped.items()) if n}
         names = lambda paths: [Path(p).resolve().name for p in paths]  # never a path of this machine
@@ -500,7 +515,8 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
             **({} if inputs else {"python": platform.python_version()}), "skipped": skipped, "splits": splits,
         })
         with replacing(out, "meta.json") as new:
-            for path in [*part.glob("*.bin"), *part.glob("tokenizer*.json"), part / "meta.json"]:
+            for path in [*part.glob("*.bin"), *part.glob("val.jsonl"), *part.glob("tokenizer*.json"),
+                         part / "meta.json"]:
                 path.rename(new / path.name)
 
     for which, s in splits.items():

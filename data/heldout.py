@@ -1,0 +1,108 @@
+"""
+Held-out prompts, and what of an answer the training text holds already.
+
+    lines = heldout.read("val.jsonl")                          # prompts, responses, choices
+    shares = heldout.overlap(lines, lambda: heldout.training_text(directory, tokenizer))
+    found = heldout.verbatim(answers, heldout.training_text(directory, tokenizer))
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data import UserError
+from data.corpora import clean, objects
+from data.loader import LEARNED, open_split
+
+BLOCK = 1 << 20  # tokens that are decoded at a time; a document across two blocks is taken as two
+WORDS, BYTES = 8, 50  # a span is so long
+PRIME = 1_099_511_628_211  # FNV's
+
+
+class Line(NamedTuple):
+    place: str  # file and line, for messages
+    prompt: str
+    response: str
+    choices: list  # of str, the response among them; [] if there is nothing to choose from
+    fields: dict  # all of the line
+
+
+def read(path):
+    """The lines of a .jsonl file of {"prompt", "response"} and, where answers are to be chosen from, "choices".
+
+    Raises UserError, naming the line, for one that lacks a field, and if there is none.
+    """
+    path, lines = Path(path), []
+    if not path.is_file():
+        raise UserError(f"--eval {path}: there is no such file")
+    for place, fields in objects(path, path.name):
+        prompt, response, choices = (fields.get(key) for key in ("prompt", "response", "choices"))
+        if choices is not None and not (isinstance(choices, list) and len(set(map(str, choices))) == len(choices) > 1
+                                        and all(isinstance(c, str) and c.strip() for c in choices)):
+            raise UserError(f'{place}: "choices" must be a list of two or more different texts')
+        if choices is not None and response not in choices:
+            raise UserError(f'{place}: it has "choices" without an answer: "response" must be one of them')
+        if not isinstance(prompt, str) or not isinstance(response, str) or not response.strip():
+            raise UserError(f'{place}: needs the text fields "prompt" and "response", and a response that is not empty')
+        lines.append(Line(place, clean(prompt), clean(response), list(map(clean, choices or [])), fields))
+    if not lines:
+        raise UserError(f'--eval {path} is empty: it needs lines of {{"prompt": ..., "response": ...}}')
+    return lines
+
+
+def training_text(directory, tokenizer):
+    """Yield the training split's text as bytes, about 4 MB at a time, a NUL between documents; of examples only the
+    responses, which are what is learned."""
+    (_, tokens, mask), ends = open_split(directory, "train"), np.array(tokenizer.eos_ids)
+    for i in range(0, len(tokens), BLOCK):
+        ids = tokens[i:i + BLOCK]
+        kept = ~np.isin(ids, ends)
+        if mask is not None:
+            kept &= mask[i:i + BLOCK] & LEARNED > 0
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], kept.view(np.int8), [0]))))
+        yield b"\0".join(tokenizer.decode_bytes(ids[a:b].tolist()) for a, b in zip(edges[::2], edges[1::2]))
+
+
+def word_spans(text):
+    """The spans of WORDS words of a text, and of a shorter one the whole."""
+    words = text.split()
+    return {tuple(words[i:i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}
+
+
+def overlap(lines, text):
+    """For each line the share (0 to 1) of its response's different 8-word spans that stand in the training text too."""
+    wanted = [word_spans(line.response) for line in lines]
+    unseen = set().union(*wanted)
+    for block in text:
+        for document in block.decode("utf-8", errors="replace").split("\0"):
+            unseen -= word_spans(document)
+    return [1 - len(spans & unseen) / len(spans) for spans in wanted]
+
+
+def group(share):
+    """The group of an overlap, by which held-out figures are given: new content is another question than repetition."""
+    return "over 50 %" if share > 0.5 else "10-50 %" if share >= 0.1 else "under 10 %"
+
+
+def span_hashes(data):
+    """uint64 of each span of BYTES bytes: a polynomial of its bytes modulo 2^64 (Karp and Rabin, 1987)."""
+    x = np.frombuffer(data, np.uint8).astype(np.uint64)
+    if len(x) < BYTES:
+        return x[:0]
+    powers, inverses = (np.full(len(x), p, np.uint64).cumprod() for p in (PRIME, pow(PRIME, -1, 1 << 64)))
+    sums = (x * powers).cumsum()                                      # they wrap, as does all of this
+    sums[BYTES:] -= sums[:-BYTES].copy()
+    return sums[BYTES - 1:] * inverses[:len(x) - BYTES + 1]
+
+
+def verbatim(answers, text):
+    """For each of `answers` (str) how many of its spans of 50 bytes stand in the training text, and how many it has."""
+    hashes = [span_hashes(answer.encode("utf-8")) for answer in answers]
+    wanted = np.unique(np.concatenate([*hashes, np.zeros(0, np.uint64)]))
+    seen = np.zeros(len(wanted), bool)
+    for block in text:
+        here = span_hashes(block)
+        at = np.searchsorted(wanted, here).clip(max=max(0, len(wanted) - 1))
+        if len(wanted):
+            seen[at[wanted[at] == here]] = True
+    return [(int(seen[np.searchsorted(wanted, h)].sum()), len(h)) for h in hashes]
