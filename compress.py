@@ -71,10 +71,10 @@ from torch import nn
 from tqdm import tqdm
 
 import distill, sample, train
-from data import Parser, UserError, replacing_file, run, settle, write_json
+from data import Parser, UserError, heldout, replacing_file, run, settle, write_json
 from data.export import GGUF_STORED, GGUF_TYPES, import_gguf, write_gguf
 from data.loader import IGNORE, Batch, Windows
-from data.prepare import find
+from data.prepare import encode_example, find
 from data.tokenizer import Tokenizer
 from data.tokenizer import pairs as merge_pairs
 from model import (FAMILIES, LAYERS, SIZES, Int4Linear, LowRankLinear, QuantLinear, Transformer, absmax_scales,
@@ -449,7 +449,7 @@ def cut_tokenizer(tokenizer, counts, size):
         builds.update(pair)
     leaves = [(counts[i], -i, t) for t, i in vocab.items() if not builds[t] and len(t) > 1 and t not in added]
     heapq.heapify(leaves)
-    while len(vocab.keys() | added) - len(gone) > size:
+    for _ in range(len(vocab.keys() | added) - size):
         if not leaves:
             raise UserError(f"vocab: {size} ids are fewer than the bytes and special tokens, which stay: keep more")
         count, _, token = heapq.heappop(leaves)
@@ -1338,17 +1338,6 @@ def trains(steps):
 # ---------------------------------------------------------------------------------------------------------------------
 # Measure: `--measure` compares finished models by sample.measure, on one text, and writes the report
 
-def named(paths):
-    """{name: model directory} of the models to measure: their directories' names, or the paths as typed if two share
-    one."""
-    names = [model_name(path) for path in paths]
-    names = names if len(set(names)) == len(names) else [str(path) for path in paths]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise UserError(f"--measure {twice}: it is named twice")
-    return dict(zip(names, map(whole, paths)))
-
-
 def last_training(history):
     """The entry of the last training in a model's history; {} if it tells of none."""
     return next((entry for entry in reversed(history) if "data_sha256" in entry), {})
@@ -1391,12 +1380,20 @@ def reencoded(ids, theirs, ours):
 def scored_text(args, tokenizers, history, context):
     """(protocol in words, {name: batches}): what is scored, for each of `tokenizers` ({name: Tokenizer}).
 
-    --text FILE is one stream of ids, without a token that begins it; --eval-tokens takes its beginning. Prepared data
-    is scored as train.py does, --eval-tokens spread over the split; but where tokenizers differ its beginning, and the
-    other tokenizers encode the same text. Raises UserError where that cannot be.
+    --text FILE is one stream of ids, without a token that begins it; --eval-tokens takes its beginning. Of a .jsonl
+    FILE the responses are scored, given their prompts, in each model's chat template. Prepared data is scored as
+    train.py does, --eval-tokens spread over the split; but where tokenizers differ its beginning, and the other
+    tokenizers encode the same text. Raises UserError where that cannot be.
     """
     first, limit = next(iter(tokenizers.values())), args.eval_tokens
     windows = f"windows of {context} tokens and the one after each"
+    if args.text and args.text.endswith(".jsonl"):
+        lines = heldout.read(args.text, "--text")
+        protocol = f"responses of {Path(args.text).name} given their prompts, {windows}"
+        splits = {name: Windows.of([encode_example(tokenizer, line.prompt, line.response) for line in lines], context)
+                  for name, tokenizer in tokenizers.items()}
+        return protocol, {name: list(split.evaluation_batches(max(1, 8192 // context), limit))
+                          for name, split in splits.items()}
     others = [name for name, tokenizer in tokenizers.items() if tokenizer.hash != first.hash]
     if args.text:
         data = Path(args.text).read_bytes()
@@ -1419,7 +1416,7 @@ def scored_text(args, tokenizers, history, context):
             return f"{protocol}, {windows}{part}", dict.fromkeys(tokenizers, batches)
         if split.mask is not None:
             raise UserError(f"{others[0]} has another tokenizer than the first model, and {split.meta['name']} holds "
-                            "prompts and responses in that one's template: give --text FILE")
+                            f"prompts and responses in that one's template: give --text {directory}/val.jsonl")
         ids, streams = split.tokens, {}
     if limit and limit + 1 < len(ids):
         ids, streams, windows = ids[:limit + 1], {}, f"{windows}, the first {limit:,} tokens"
@@ -1492,7 +1489,7 @@ def ruler(directories, args, command):
 
 def measure_command(args, command):
     """--measure: prints the table and, with --out, writes results.jsonl, report.md and tradeoff.png."""
-    directories = named(args.measure)
+    directories = sample.named(args.measure, "--measure")
     if args.out:
         check_report(args)
     protocol, rows_of = ruler(directories, args, command)
@@ -1763,7 +1760,7 @@ def arguments(argv):
                        "large one for the 10, 25 and 50 %% of the tokens that the small one is least sure of")
     group.add_argument("--data", metavar="NAME_OR_DIR", help="score this prepared data's validation split (default: of "
                        "the data that the first model was trained on)")
-    group.add_argument("--text", metavar="FILE", help="score this text instead")
+    group.add_argument("--text", metavar="FILE", help="score this text instead, or the responses of this .jsonl")
     for flag, help in (
             ("eval", "score about so many: of data spread over the split, of a text the first (default: all)"),
             ("prompt", "length of the prompt whose prefill is timed (default: 256, or what the window leaves)"),

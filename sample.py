@@ -8,19 +8,20 @@
     python sample.py out --draft out-small                 # the small one guesses, the large one checks: the same text
     python sample.py out --lookup --file notes.txt         # the text so far guesses
     python sample.py out-small --escalate out              # the small one writes, but for what it is unsure of
+    python sample.py out-faq OTHER --eval data/faq/val.jsonl --data faq    # held-out prompts: losses, answers, overlap
 
 Text goes to standard output as it is made; what was chosen and how fast it went goes to standard error.
 """
-import codecs, collections, contextlib, copy, ctypes, dataclasses, functools, json, math, os, statistics, subprocess
-import sys, time
+import codecs, collections, contextlib, copy, ctypes, dataclasses, functools, json, math, os, re, statistics, string
+import subprocess, sys, time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from data import Parser, UserError, run
+from data import Parser, UserError, replacing_file, run
 from data.tokenizer import Tokenizer
-from model import KVCache, QuantLinear, kernels, load, whole
+from model import KVCache, QuantLinear, kernels, load, model_name, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -728,11 +729,156 @@ def table(rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Evaluate: held-out prompts. How well a model predicts their responses, and what it answers
+
+def response_loss(model, tokenizer, prompt, response, token_bytes):
+    """[nats, tokens, bytes] of a response and its end, given the prompt in the chat template; see `score`. What is
+    longer than the window is read in pieces, each behind half a window."""
+    from data.loader import Windows                              # here: to run a model needs no data
+    from data.prepare import encode_example
+    ids, mask = encode_example(tokenizer, prompt, response)
+    windows = Windows.of([(ids, mask)], min(model.config.max_position_embeddings, len(ids) - 1))
+    batches = (batch._replace(segments=None) for batch in windows.evaluation_batches(8))       # a piece a window
+    return score(model, batches, token_bytes).tolist()
+
+
+def words_of(text):
+    """The words of a text as SQuAD compares them (Rajpurkar et al., 2016): lower case, no punctuation, no articles."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def token_f1(answer, response):
+    """The harmonic mean of what share of the answer's words are the response's, and of the response's the answer's."""
+    answer, response = words_of(answer), words_of(response)
+    same = sum((collections.Counter(answer) & collections.Counter(response)).values())
+    return 2 * same / (len(answer) + len(response)) if same else float(answer == response)
+
+
+def evaluate(model, tokenizer, lines, answered, max_new_tokens, name=""):
+    """What a model makes of heldout.Lines, a dict each: nats, tokens and bytes of the response; with choices `chosen`,
+    whether it has the fewest bits per byte of them; for the line numbers in `answered` the greedy answer, its f1 and
+    whether it is exact, both by words_of."""
+    from tqdm import tqdm
+    rows, token_bytes, unread = [], tokenizer.token_bytes(), 0
+    for i, line in enumerate(tqdm(lines, desc=name, unit="line", disable=None, leave=False)):
+        nats, tokens, size = response_loss(model, tokenizer, line.prompt, line.response, token_bytes)
+        row = {"nats": nats, "tokens": int(tokens), "bytes": int(size)}
+        if line.choices:
+            losses = (response_loss(model, tokenizer, line.prompt, c, token_bytes) for c in line.choices)
+            bits = [its_nats / max(1, its_bytes) for its_nats, _, its_bytes in losses]
+            row["chosen"] = line.choices[bits.index(min(bits))] == line.response
+        prompt = tokenizer.render([{"role": "user", "content": line.prompt}])
+        unread += len(tokenizer.encode(prompt, special=True)) > model.config.max_position_embeddings
+        if i in answered:
+            stream = map(int, continuations(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=0))
+            answer = "".join(pieces(tokenizer, stream, tokenizer.eos_ids)).strip()
+            row.update(answer=answer, f1=token_f1(answer, line.response),
+                       exact=words_of(answer) == words_of(line.response))
+        rows.append(row)
+    if unread:
+        print(f"{unread:,} prompts exceed {name}'s window of {model.config.max_position_embeddings} tokens: only their "
+              "end is read", file=sys.stderr)
+    return rows
+
+
+def interval(statistic, n, resamples=1000):
+    """The 95 % interval of statistic(line numbers (n,)) over n lines drawn with replacement (Efron, 1979). Models are
+    compared on the same lines each time, so it is paired."""
+    generator = torch.Generator().manual_seed(0)
+    values = [float(statistic(torch.randint(n, (n,), generator=generator))) for _ in range(resamples)]
+    return torch.tensor(values).quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def evaluation_table(results, groups):
+    """Markdown of what `evaluate` gave, {name: rows}; the first is what the others are compared with. groups: {name:
+    line numbers}. In brackets 95 % intervals of the difference."""
+    base = next(iter(results))
+
+    def column(name, chosen, key):
+        return torch.tensor([float(results[name][i][key]) for i in chosen], dtype=torch.float64)
+
+    def difference(name, chosen, key, form, scale=100, relative=False):
+        if name == base or not chosen:
+            return ""
+        ours, theirs = column(name, chosen, key), column(base, chosen, key)
+        both = lambda at: ours[at].sum() / theirs[at].sum() - 1 if relative else (ours[at] - theirs[at]).mean()
+        low, high = interval(both, len(chosen))
+        middle = f"{scale * both(torch.arange(len(chosen))):{form}} % " if relative else ""
+        return f"{middle}({scale * low:{form}} ... {scale * high:{form}})"
+
+    def cells(name, group):
+        rows, its = results[name], groups[group]
+        with_choices, answered = ([i for i in its if key in rows[i]] for key in ("chosen", "f1"))
+        spans = [rows[i]["spans"] for i in answered if "spans" in rows[i]]
+        share = lambda chosen, key: f"{column(name, chosen, key).mean():.1%}" if chosen else "n/a"
+        return [group, name, f"{len(its):,}",
+                f"{column(name, its, 'nats').sum() / math.log(2) / max(1, column(name, its, 'bytes').sum()):.4f}",
+                difference(name, its, "nats", "+.1f", relative=True),
+                f"{column(name, answered, 'f1').mean():.3f} {difference(name, answered, 'f1', '+.3f', 1)}".rstrip()
+                if answered else "n/a", share(answered, "exact"),
+                f"{share(with_choices, 'chosen')} {difference(name, with_choices, 'chosen', '+.1f')}".rstrip(),
+                f"{sum(s for s, _ in spans) / max(1, sum(n for _, n in spans)):.1%}" if spans else "n/a"]
+    head = ["group", "model", "lines", "bits per byte", f"to {base}", "token-F1", "exact match", "right choice",
+            "verbatim"]
+    lines = [head, ["---", "---", *["---:"] * 7], *(cells(name, group) for group in groups for name in results)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def evaluate_command(args):
+    """--eval: prints the table; with --out writes a line for each model and prompt."""
+    from data import heldout                                     # here: to run a model needs no data
+    from data.prepare import find
+    directories, lines, text = named(args.model, "--eval"), heldout.read(args.eval)[:8 if args.smoke else None], None
+    groups = {"all": list(range(len(lines)))}
+    if args.out and Path(args.out).exists() and not args.overwrite:
+        raise UserError(f"--out {args.out} is there already: give another name or --overwrite")
+    if args.data:
+        if (directory := find(args.data, args.smoke)) is None:
+            raise UserError(f"--data {args.data} is not prepared yet: python data/prepare.py {args.data}")
+        text = functools.partial(heldout.training_text, directory, Tokenizer.load(directory))
+        shares = heldout.overlap(lines, text())
+        labels = list(map(heldout.group, shares))
+        groups |= {f"overlap {group}": [i for i, its in enumerate(labels) if its == group] for group in heldout.GROUPS}
+    if args.by:
+        lacking = next((line for line in lines if args.by not in line.fields), None)
+        if lacking:
+            raise UserError(f"{lacking.place}: it has no field {args.by!r}, which --by names")
+        values = [str(line.fields[args.by]) for line in lines]
+        groups |= {f"{args.by} {v}": [i for i, its in enumerate(values) if its == v] for v in sorted(set(values))}
+    count = min(args.answers, len(lines))
+    answered = {i * len(lines) // count for i in range(count)}                    # spread over the file
+    device, results = pick_device(args.device), {}
+    for name, directory in directories.items():
+        start, (model, tokenizer) = time.perf_counter(), open_model(directory, device)
+        results[name] = evaluate(model, tokenizer, lines, answered, args.max_new_tokens, name)
+        print(f"[{name}: {len(lines):,} responses scored, {count} prompts answered in "
+              f"{time.perf_counter() - start:.0f} s]", file=sys.stderr)
+    for rows in results.values() if text else ():
+        spans = heldout.verbatim([rows[i]["answer"] for i in sorted(answered)], text())
+        for i, its in zip(sorted(answered), spans):
+            rows[i]["spans"] = its
+    print(evaluation_table(results, {name: its for name, its in groups.items() if its}))
+    print(f"\nBits per byte of {len(lines):,} responses given their prompts, in each model's chat template; token-F1 "
+          f"and exact match of {count} greedy answers of at most {args.max_new_tokens} tokens; in brackets 95 % "
+          "intervals of the difference (paired bootstrap over lines)." + (
+              " Overlap: the share of a response's 8-word spans that stand in the training text; verbatim: of an "
+              "answer's 50-byte spans." if text else ""))
+    if args.out:
+        with replacing_file(Path(args.out)) as new, open(new, "w", encoding="utf-8", newline="\n") as file:
+            for name, rows in results.items():
+                for i, (line, row) in enumerate(zip(lines, rows)):
+                    more = {"overlap": round(shares[i], 4)} if text else {}
+                    file.write(json.dumps({"model": name, **line.fields, **more, **row}) + "\n")
+        print(f"wrote {args.out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 def arguments(argv):
     parser = Parser(description=__doc__)
-    parser.add_argument("model", help="a model directory, or a training run's")
+    parser.add_argument("model", nargs="+", help="a model directory, or a training run's; with --eval one or more")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the text to continue (default: standard input; a new document on a terminal)")
     source.add_argument("--file", help="read the text to continue from this file")
@@ -759,10 +905,24 @@ def arguments(argv):
                        "(default: 20%%)")
     group.add_argument("--calibrate", metavar="FILE", help="that text (default: the validation split of what the model "
                        "was trained on)")
+    group = parser.add_argument_group("held-out prompts", "how well the models predict the responses, and what they "
+                                      "answer; the first is what the others are compared with")
+    group.add_argument("--eval", metavar="FILE", help=".jsonl of prompt, response and, to choose from, choices")
+    group.add_argument("--data", metavar="NAME_OR_DIR", help="prepared training data: groups by what it holds of a "
+                       "response already, and how much of the answers stands in it")
+    group.add_argument("--by", metavar="FIELD", help="groups by this field of the lines, too")
+    group.add_argument("--answers", type=int, default=100, help="prompts to answer, spread over the file (100)")
+    group.add_argument("--out", metavar="FILE", help="write all results and answers, a line each (.jsonl)")
+    group.add_argument("--overwrite", action="store_true", help="replace that file")
     parser.add_argument("--seed", type=int, help="same seed, same text (default: another each time)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--smoke", action="store_true", help="20 tokens only")
     args = parser.parse_args(argv)
+    for flag in ("data", "by", "out") if not args.eval else ():
+        if getattr(args, flag):
+            raise UserError(f"--{flag} is for held-out prompts: it needs --eval FILE")
+    if not args.eval and len(args.model) > 1:
+        raise UserError(f"{' '.join(args.model)}: several models are compared with --eval FILE; otherwise give one")
     if args.seed is not None and not 0 <= args.seed < 2 ** 63:
         raise UserError(f"--seed is {args.seed}; it must be at least 0 and below 2^63")
     together = next((flag for flag in ("draft", "self_draft", "lookup", "escalate") if getattr(args, flag)), None)
@@ -779,8 +939,8 @@ def arguments(argv):
     if args.smoke:
         args.max_new_tokens = min(args.max_new_tokens, 20)
     for name, least, most in (("max_new_tokens", 1, None), ("samples", 1, None), ("temperature", 0, None),
-                              ("self_draft", 0, None), ("top_k", 0, None), ("top_p", 1e-6, 1), ("min_p", 0, 1),
-                              ("repetition_penalty", 1e-6, None)):
+                              ("answers", 0, None), ("self_draft", 0, None), ("top_k", 0, None), ("top_p", 1e-6, 1),
+                              ("min_p", 0, 1), ("repetition_penalty", 1e-6, None)):
         value = getattr(args, name)
         if not least <= value <= (most or math.inf):
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}" +
@@ -870,13 +1030,33 @@ def chat(model, tokenizer, prompt, args, write):
         seed = None if seed is None else seed + 1
 
 
+def named(paths, flag):
+    """{name: model directory}: the directories' names, or the paths as typed if two share one."""
+    names = [model_name(path) for path in paths]
+    names = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"{flag} {twice}: it is named twice")
+    return dict(zip(names, map(whole, paths)))
+
+
+def open_model(path, device):
+    """(model, tokenizer) of a directory. Raises UserError if they do not belong together."""
+    directory = whole(path)
+    model = load(directory, device, torch.float32 if device.type == "cpu" else None)    # a CPU is slow at 16 bits
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model only "
+                        f"{model.config.vocab_size}: they do not belong together")
+    return model, tokenizer
+
+
 def partner(flag, args, model):
     """(model, tokenizer) of the directory that --draft or --escalate names."""
-    directory, device = whole(getattr(args, flag)), next(model.parameters()).device
-    if directory.resolve() == whole(args.model).resolve():
-        raise UserError(f"--{flag} {getattr(args, flag)} is the model itself: give a "
-                        f"{'smaller' if flag == 'draft' else 'larger'} one")
-    return load(directory, device, torch.float32 if device.type == "cpu" else None), Tokenizer.load(directory)
+    path = getattr(args, flag)
+    if whole(path).resolve() == whole(args.model).resolve():
+        raise UserError(f"--{flag} {path} is the model itself: give a {'smaller' if flag == 'draft' else 'larger'} one")
+    return open_model(path, next(model.parameters()).device)
 
 
 def guesser(args, model, tokenizer):
@@ -955,6 +1135,9 @@ def handover(args, model, tokenizer):
 
 def main(argv=None):
     args = arguments(argv)
+    if args.eval:
+        return evaluate_command(args)
+    args.model = args.model[0]
     if args.file is not None:
         prompt = decoded(Path(args.file).read_bytes(), f"--file {args.file}")
     elif args.prompt is not None:
@@ -963,13 +1146,7 @@ def main(argv=None):
         prompt = ""
     else:
         prompt = decoded(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
-    directory = whole(args.model)
-    device = pick_device(args.device)
-    model = load(directory, device, torch.float32 if device.type == "cpu" else None)    # a CPU is slow at 16 bits
-    tokenizer = Tokenizer.load(directory)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model only "
-                        f"{model.config.vocab_size}: they do not belong together")
+    model, tokenizer = open_model(args.model, pick_device(args.device))
     write, report, judge = generate, str, None                   # str() is nothing to say
     if args.escalate:
         write, report, judge = handover(args, model, tokenizer)

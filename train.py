@@ -933,6 +933,17 @@ def evaluator(val, cfg, machine, tokenizer):
     return evaluate
 
 
+def show_example(machine, tokenizer, batch):
+    """Prints the last example of a window, so that a wrong mask or template is seen before it costs an hour."""
+    its = batch.segments[0] == batch.segments[0].max()
+    ids, targets = batch.ids[0][its], batch.targets[0][its]
+    first = int((targets != IGNORE).int().argmax())
+    short = lambda text: text if len(text) < 500 else f"{text[:300]} [...] {text[-100:]}"
+    text = lambda ids: short(tokenizer.decode_bytes(ids.tolist()).decode("utf-8", errors="replace"))
+    say(machine, f"An example. What is read only:\n{text(ids[:first + 1])}\nWhat is learned:\n"
+        f"{text(targets[targets != IGNORE])}\n")
+
+
 def show_sample(cfg, machine, tokenizer, val):
     """Prints how the best model goes on from the beginning of the validation text (or the first example's prompt)."""
     model, opening = load(Path(cfg.out) / "best", machine.device), 64
@@ -976,8 +987,10 @@ def main(argv=None):
     say(machine, f"{positions:,} tokens a step; each of {cfg.evals} evaluations reads {eval_tokens:,} of "
         f"{sizes['val']['tokens']:,} validation tokens")
     if train.long:
-        say(machine, f"{train.long:,} examples exceed the window of {cfg.context} tokens: they are learned in pieces, each "
-            "read behind half a window" + f"; {train.unread:,} prompts exceed it alone" * bool(train.unread))
+        say(machine, f"{train.long:,} examples exceed the window of {cfg.context} tokens: they are learned in pieces, "
+            "each read behind half a window" + f"; {train.unread:,} prompts exceed it alone" * bool(train.unread))
+    if train.mask is not None:
+        show_example(machine, tokenizer, train.training_rows(cfg.seed, 0, 1))
 
     fit(model, lambda first, count: train.training_rows(cfg.seed, first, count), cross_entropy, cfg, machine,
         evaluate=evaluator(val, cfg, machine, tokenizer), tokenizer=tokenizer, entry=entry,

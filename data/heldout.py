@@ -16,6 +16,7 @@ from data.loader import LEARNED, open_split
 
 BLOCK = 1 << 20  # tokens that are decoded at a time; a document across two blocks is taken as two
 WORDS, BYTES = 8, 50  # a span is so long
+GROUPS = ("over 50 %", "10-50 %", "under 10 %")
 PRIME = 1_099_511_628_211  # FNV's
 
 
@@ -27,14 +28,14 @@ class Line(NamedTuple):
     fields: dict  # all of the line
 
 
-def read(path):
+def read(path, flag="--eval"):
     """The lines of a .jsonl file of {"prompt", "response"} and, where answers are to be chosen from, "choices".
 
     Raises UserError, naming the line, for one that lacks a field, and if there is none.
     """
     path, lines = Path(path), []
     if not path.is_file():
-        raise UserError(f"--eval {path}: there is no such file")
+        raise UserError(f"{flag} {path}: there is no such file")
     for place, fields in objects(path, path.name):
         prompt, response, choices = (fields.get(key) for key in ("prompt", "response", "choices"))
         if choices is not None and not (isinstance(choices, list) and len(set(map(str, choices))) == len(choices) > 1
@@ -46,7 +47,7 @@ def read(path):
             raise UserError(f'{place}: needs the text fields "prompt" and "response", and a response that is not empty')
         lines.append(Line(place, clean(prompt), clean(response), list(map(clean, choices or [])), fields))
     if not lines:
-        raise UserError(f'--eval {path} is empty: it needs lines of {{"prompt": ..., "response": ...}}')
+        raise UserError(f'{flag} {path} is empty: it needs lines of {{"prompt": ..., "response": ...}}')
     return lines
 
 
@@ -80,8 +81,8 @@ def overlap(lines, text):
 
 
 def group(share):
-    """The group of an overlap, by which held-out figures are given: new content is another question than repetition."""
-    return "over 50 %" if share > 0.5 else "10-50 %" if share >= 0.1 else "under 10 %"
+    """The one of GROUPS that an overlap belongs to: to repeat is another question than to say something new."""
+    return GROUPS[0 if share > 0.5 else 1 if share >= 0.1 else 2]
 
 
 def span_hashes(data):

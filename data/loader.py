@@ -23,10 +23,9 @@ def open_split(directory, split):
     """(meta.json as a dict, the split's tokens, its mask or None), mapped."""
     directory = Path(directory)
     meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-    open_file = lambda name, dtype: np.memmap(directory / name, dtype, "r") if (directory / name).stat().st_size else (
-        np.zeros(0, dtype))                                  # nothing is no map
-    return (meta, open_file(f"{split}.bin", meta["dtype"]),
-            open_file(f"{split}.mask.bin", np.uint8) if meta["kind"] == "examples" else None)
+    mapped = lambda file, dtype: np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
+    return (meta, mapped(directory / f"{split}.bin", meta["dtype"]),
+            mapped(directory / f"{split}.mask.bin", np.uint8) if meta["kind"] == "examples" else None)
 
 
 class Windows:
@@ -43,8 +42,8 @@ class Windows:
     def __init__(self, directory, split, context):
         self.meta, tokens, mask = open_split(directory, split)
         if mask is None and len(tokens) < context + 1:
-            raise UserError(f"the {split} split of {Path(directory).name} has {len(tokens)} tokens, less than one window of "
-                            f"{context} and the token after it: give it more text or lower --context")
+            raise UserError(f"the {split} split of {Path(directory).name} has {len(tokens)} tokens, less than one "
+                            f"window of {context} and the token after it: give it more text or lower --context")
         self._lay_out(tokens, mask, context)
 
     @classmethod

@@ -14,8 +14,8 @@ goes on from it.
 
 Files: *.bin are little-endian uint16 (uint32 from 65,536 ids on), each document followed by the end-of-text token.
 Examples end with the token that ends the template's turn instead (<|im_end|>), and have *.mask.bin beside them, a uint8
-per token: bit 0 set where the token is learned (the response and its end), bit 1 at the first token of an example. Those
-held out are in val.jsonl too, with all their fields, for sample.py --eval.
+per token: bit 0 set where the token is learned (the response and its end), bit 1 at the first token of an example.
+Those held out are in val.jsonl too, with all their fields, for sample.py --eval.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import train
 from data import UserError
-from data.loader import FIRST, IGNORE, LEARNED, Windows
+from data.loader import IGNORE, LEARNED, Windows
 from data.prepare import prepare
 from model import Config, Transformer, load, whole
 
@@ -152,8 +152,8 @@ def test_packed_examples_learn_responses_only_and_do_not_see_each_other(examples
 def test_windows_of_examples_hold_every_example_once(examples):
     w = Windows(examples, "train", 160)
     total = sum((b.targets != IGNORE).sum().item() for b in w.evaluation_batches(4))
-    assert w.truncated == 0 and total == int(((w.mask & LEARNED) > 0).sum())
-    assert sum(int((w.mask[s:e] & FIRST).sum() // FIRST) for s, e in zip(w.starts, w.ends)) == w.meta["splits"]["train"]["documents"]
+    assert w.long == 0 and total == int(((w.mask & LEARNED) > 0).sum())
+    assert len(w.pieces) == w.meta["splits"]["train"]["documents"]
 
 
 # --- runs ---
