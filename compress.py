@@ -1382,18 +1382,23 @@ def scored_text(args, tokenizers, history, context):
 
     --text FILE is one stream of ids, without a token that begins it; --eval-tokens takes its beginning. Of a .jsonl
     FILE the responses are scored, given their prompts, in each model's chat template. Prepared data is scored as
-    train.py does, --eval-tokens spread over the split; but where tokenizers differ its beginning, and the other
-    tokenizers encode the same text. Raises UserError where that cannot be.
+    train.py does, --eval-tokens spread over the split; but where tokenizers differ the beginning of its text, or all
+    its responses, encoded by each. Raises UserError where that cannot be.
     """
     first, limit = next(iter(tokenizers.values())), args.eval_tokens
     windows = f"windows of {context} tokens and the one after each"
+
+    def responses(file, flag):
+        lines = heldout.read(file, flag)
+        examples = {name: [encode_example(tokenizer, line.prompt, line.response) for line in lines]
+                    for name, tokenizer in tokenizers.items()}
+        sizes = np.cumsum([len(ids) for ids, _ in next(iter(examples.values()))])
+        count = max(1, int((sizes <= limit).sum())) if limit else len(lines)
+        return (f"{count:,} responses of {Path(file).name} given their prompts, {windows}",
+                {name: list(Windows.of(its[:count], context).evaluation_batches(max(1, 8192 // context)))
+                 for name, its in examples.items()})
     if args.text and args.text.endswith(".jsonl"):
-        lines = heldout.read(args.text, "--text")
-        protocol = f"responses of {Path(args.text).name} given their prompts, {windows}"
-        splits = {name: Windows.of([encode_example(tokenizer, line.prompt, line.response) for line in lines], context)
-                  for name, tokenizer in tokenizers.items()}
-        return protocol, {name: list(split.evaluation_batches(max(1, 8192 // context), limit))
-                          for name, split in splits.items()}
+        return responses(args.text, "--text")
     others = [name for name, tokenizer in tokenizers.items() if tokenizer.hash != first.hash]
     if args.text:
         data = Path(args.text).read_bytes()
@@ -1407,6 +1412,8 @@ def scored_text(args, tokenizers, history, context):
             raise UserError(f"--data {args.data} is not prepared yet: python data/prepare.py {args.data}")
         split = Windows(directory, "val", context)
         protocol = f"validation split of {split.meta['name']} (sha256 {split.meta['sha256'][:12]})"
+        if split.mask is not None and (others or split.meta["tokenizer_hash"] != first.hash):
+            return responses(directory / "val.jsonl", "--data")
         if split.meta["tokenizer_hash"] != first.hash:
             raise UserError(f"--data {directory.name} was prepared with another tokenizer than the first model's: "
                             f"prepare it with data/prepare.py --tokenizer {args.measure[0]}, or give --text FILE")
@@ -1414,9 +1421,6 @@ def scored_text(args, tokenizers, history, context):
             part = f", about {limit:,} tokens spread over it" if limit and limit < len(split.tokens) else ""
             batches = list(split.evaluation_batches(max(1, 8192 // context), limit))
             return f"{protocol}, {windows}{part}", dict.fromkeys(tokenizers, batches)
-        if split.mask is not None:
-            raise UserError(f"{others[0]} has another tokenizer than the first model, and {split.meta['name']} holds "
-                            f"prompts and responses in that one's template: give --text {directory}/val.jsonl")
         ids, streams = split.tokens, {}
     if limit and limit + 1 < len(ids):
         ids, streams, windows = ids[:limit + 1], {}, f"{windows}, the first {limit:,} tokens"
@@ -1673,6 +1677,7 @@ def tradeoff(rows, out):
         line = front([(sign * cost(r), r["bits_per_byte"]) for r in rows])
         ax.step([sign * x for x, _ in line], [y for _, y in line], where="post", color="0.7", zorder=1,
                 label="best for its cost")
+        ax.axhline(rows[0]["bits_per_byte"], color="tab:orange", linestyle=":", linewidth=1, zorder=0)     # to get under
         for r in rows:
             dense = r is rows[0]
             ax.scatter(cost(r), r["bits_per_byte"], color="tab:orange" if dense else "tab:blue", zorder=2,

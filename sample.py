@@ -8,7 +8,7 @@
     python sample.py out --draft out-small                 # the small one guesses, the large one checks: the same text
     python sample.py out --lookup --file notes.txt         # the text so far guesses
     python sample.py out-small --escalate out              # the small one writes, but for what it is unsure of
-    python sample.py out-faq OTHER --eval data/faq/val.jsonl --data faq    # held-out prompts: losses, answers, overlap
+    python sample.py out-faq OTHER --eval faq              # held-out prompts of prepared data: losses, answers, overlap
 
 Text goes to standard output as it is made; what was chosen and how fast it went goes to standard error.
 """
@@ -829,13 +829,16 @@ def evaluate_command(args):
     """--eval: prints the table; with --out writes a line for each model and prompt."""
     from data import heldout                                     # here: to run a model needs no data
     from data.prepare import find
-    directories, lines, text = named(args.model, "--eval"), heldout.read(args.eval)[:8 if args.smoke else None], None
-    groups = {"all": list(range(len(lines)))}
+    directories, text, is_file = named(args.model, "--eval"), None, args.eval.endswith(".jsonl")
     if args.out and Path(args.out).exists() and not args.overwrite:
         raise UserError(f"--out {args.out} is there already: give another name or --overwrite")
-    if args.data:
-        if (directory := find(args.data, args.smoke)) is None:
-            raise UserError(f"--data {args.data} is not prepared yet: python data/prepare.py {args.data}")
+    if args.data and not is_file:
+        raise UserError(f"--eval {args.eval} is prepared data, with its own training text: leave out --data")
+    directory = find(args.data or args.eval, args.smoke) if args.data or not is_file else None
+    lines = heldout.read(args.eval if is_file else (directory or Path(args.eval)) / "val.jsonl")
+    lines = lines[:8 if args.smoke else None]
+    groups = {"all": list(range(len(lines)))}
+    if directory:
         text = functools.partial(heldout.training_text, directory, Tokenizer.load(directory))
         shares = heldout.overlap(lines, text())
         labels = list(map(heldout.group, shares))
@@ -907,9 +910,10 @@ def arguments(argv):
                        "was trained on)")
     group = parser.add_argument_group("held-out prompts", "how well the models predict the responses, and what they "
                                       "answer; the first is what the others are compared with")
-    group.add_argument("--eval", metavar="FILE", help=".jsonl of prompt, response and, to choose from, choices")
-    group.add_argument("--data", metavar="NAME_OR_DIR", help="prepared training data: groups by what it holds of a "
-                       "response already, and how much of the answers stands in it")
+    group.add_argument("--eval", metavar="NAME_OR_FILE", help="prepared data, of which the held-out examples are "
+                       "taken; or a .jsonl of prompt, response and, to choose from, choices")
+    group.add_argument("--data", metavar="NAME_OR_DIR", help="with such a file: prepared training data. It tells what "
+                       "is repetition: of the responses (groups by overlap), and in the answers")
     group.add_argument("--by", metavar="FIELD", help="groups by this field of the lines, too")
     group.add_argument("--answers", type=int, default=100, help="prompts to answer, spread over the file (100)")
     group.add_argument("--out", metavar="FILE", help="write all results and answers, a line each (.jsonl)")
@@ -920,9 +924,10 @@ def arguments(argv):
     args = parser.parse_args(argv)
     for flag in ("data", "by", "out") if not args.eval else ():
         if getattr(args, flag):
-            raise UserError(f"--{flag} is for held-out prompts: it needs --eval FILE")
+            raise UserError(f"--{flag} is for held-out prompts: it needs --eval NAME_OR_FILE")
     if not args.eval and len(args.model) > 1:
-        raise UserError(f"{' '.join(args.model)}: several models are compared with --eval FILE; otherwise give one")
+        raise UserError(f"{' '.join(args.model)}: several models are compared with --eval NAME_OR_FILE; otherwise give "
+                        "one")
     if args.seed is not None and not 0 <= args.seed < 2 ** 63:
         raise UserError(f"--seed is {args.seed}; it must be at least 0 and below 2^63")
     together = next((flag for flag in ("draft", "self_draft", "lookup", "escalate") if getattr(args, flag)), None)

@@ -34,6 +34,9 @@ def read(path, flag="--eval"):
     Raises UserError, naming the line, for one that lacks a field, and if there is none.
     """
     path, lines = Path(path), []
+    if not path.is_file() and path.with_name("meta.json").is_file():
+        raise UserError(f"{flag} {path.parent} holds text, or was prepared by an older version: prepare prompts and "
+                        "responses anew, or give a .jsonl file")
     if not path.is_file():
         raise UserError(f"{flag} {path}: there is no such file")
     for place, fields in objects(path, path.name):

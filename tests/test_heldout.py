@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import sample
+import compress, sample, train
 from data import UserError, heldout
 from data.loader import IGNORE, LEARNED, Windows, packed
 from data.prepare import encode_example, prepare
@@ -160,7 +160,7 @@ def test_choices_take_the_one_with_fewest_bits_per_byte(corpus, models):
 # --- the command ---
 
 def test_the_table_and_the_lines(corpus, models, tmp_path, capsys):
-    file, argv = tmp_path / "all.jsonl", [str(models / "a"), str(models / "b"), "--eval", str(corpus / "val.jsonl"), "--data", str(corpus)]
+    file, argv = tmp_path / "all.jsonl", [str(models / "a"), str(models / "b"), "--eval", str(corpus)]
     sample.main([*argv, "--by", "site", "--answers", "3", "--max-new-tokens", "8", "--out", str(file)])
     said = capsys.readouterr().out
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -194,15 +194,38 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--by", "site"], "--by is for held-out prompts: it needs --eval FILE"),
+    (["--by", "site"], "--by is for held-out prompts: it needs --eval NAME_OR_FILE"),
     (["--eval", "nowhere.jsonl"], "--eval nowhere.jsonl: there is no such file"),
     (["--eval", "VAL", "--by", "age"], "line 1: it has no field 'age', which --by names"),
-    (["--eval", "VAL", "--data", "no-such-data"], "no such dataset"),
+    (["--eval", "VAL", "--data", "no-such-data"], "no such dataset"), (["--eval", "DATA", "--data", "DATA"], "its own training text"),
     (["--eval", "EMPTY"], "is empty: it needs lines of"),
     (["AGAIN", "--eval", "VAL"], "is named twice"),
-    (["AGAIN"], "several models are compared with --eval FILE")])
+    (["AGAIN"], "several models are compared with --eval NAME_OR_FILE")])
 def test_wrong_flags(corpus, models, tmp_path, flags, message):
     (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")
-    stand_for = {"VAL": str(corpus / "val.jsonl"), "EMPTY": str(tmp_path / "empty.jsonl"), "AGAIN": str(models / "a")}
+    stand_for = {"DATA": str(corpus), "VAL": str(corpus / "val.jsonl"), "EMPTY": str(tmp_path / "empty.jsonl"), "AGAIN": str(models / "a")}
     with pytest.raises(UserError, match=message):
         sample.main([str(models / "a"), *(stand_for.get(f, f) for f in flags)])
+
+
+def test_measure_scores_the_same_responses_for_each_tokenizer(corpus, models, tmp_path, capsys):
+    tokenizer = Tokenizer.from_bytes()
+    save(random_model(tokenizer.vocab_size, 64, 3), tmp_path / "bytes", tokenizer)
+    compress.main(["--measure", str(models / "a"), str(tmp_path / "bytes"), "--data", str(corpus), "--out", str(tmp_path / "r"),
+                   "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "1"])
+    lines = heldout.read(corpus / "val.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "r" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row, directory in zip(rows, (models / "a", tmp_path / "bytes")):
+        results = sample.evaluate(*sample.open_model(directory, torch.device("cpu")), lines, (), 1)
+        bits = sum(r["nats"] for r in results) / math.log(2) / sum(r["bytes"] for r in results)
+        assert row["bits_per_byte"] == pytest.approx(bits, rel=1e-4) and row["bytes"] == sum(len(l.response.encode()) for l in lines)
+
+
+def test_training_shows_what_of_an_example_is_learned(corpus, capsys):
+    windows, tokenizer = Windows(corpus, "train", 64), Tokenizer.load(corpus)
+    machine = train.Machine(torch.device("cpu"), torch.float32, 0, 1, 1e9)
+    train.show_example(machine, tokenizer, windows.training_rows(0, 0, 1))
+    said = capsys.readouterr().out
+    read, learned = said.split("What is learned:\n")
+    text = b"\0".join(heldout.training_text(corpus, tokenizer)).decode("utf-8").split("\0")
+    assert read.endswith("<|im_start|>assistant\n\n") and learned.strip().removesuffix("<|im_end|>") in text

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from data.tokenizer import Tokenizer
+from model import Config, Transformer, save
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = [p.name for p in sorted(ROOT.glob("*.py"))]
@@ -18,7 +21,7 @@ def commands():
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The tracked files, and the text of their own that the README's reader has: notes/ and faq.jsonl."""
+    """The tracked files, and what the README's reader has: notes/, faq.jsonl, medquad.jsonl, a general model in smollm2/."""
     root = tmp_path_factory.mktemp("clone") / "repo"
     root.mkdir()
     for item in [*SCRIPTS, "README.md", "data", "tests"]:
@@ -28,6 +31,13 @@ def copy(tmp_path_factory):
     shutil.copytree(ROOT / "tests", root / "notes", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "faq.jsonl").write_text("".join(json.dumps({"prompt": f"What is {a} + {b}?", "response": f"{a} + {b} is {a + b}, of course."})
                                             + "\n" for a in range(30) for b in range(30)), encoding="utf-8")
+    text = re.findall(r"[A-Za-z]{3,}", README)
+    rows = [{"prompt": f"What is {text[i]} {i}?", "response": " ".join(text[i:i + 40]) + "."} for i in range(0, 1500, 5)]
+    (root / "medquad.jsonl").write_text("".join(map("{}\n".format, map(json.dumps, rows))), encoding="utf-8")
+    (root / "wikitext.txt").write_text(README, encoding="utf-8")
+    tokenizer = Tokenizer.train([(ROOT / name).read_text(encoding="utf-8") for name in SCRIPTS], 2048)
+    save(Transformer(Config(vocab_size=tokenizer.vocab_size, num_hidden_layers=12, hidden_size=32, num_attention_heads=2, head_dim=16,
+                            num_key_value_heads=1, intermediate_size=64, max_position_embeddings=1024)).initialize(), root / "smollm2", tokenizer)
     return root
 
 
