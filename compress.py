@@ -1677,7 +1677,7 @@ def tradeoff(rows, out):
         line = front([(sign * cost(r), r["bits_per_byte"]) for r in rows])
         ax.step([sign * x for x, _ in line], [y for _, y in line], where="post", color="0.7", zorder=1,
                 label="best for its cost")
-        ax.axhline(rows[0]["bits_per_byte"], color="tab:orange", linestyle=":", linewidth=1, zorder=0)     # to get under
+        ax.axhline(rows[0]["bits_per_byte"], color="tab:orange", linestyle=":", linewidth=1, zorder=0)   # to get under
         for r in rows:
             dense = r is rows[0]
             ax.scatter(cost(r), r["bits_per_byte"], color="tab:orange" if dense else "tab:blue", zorder=2,
