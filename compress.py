@@ -1390,13 +1390,14 @@ def scored_text(args, tokenizers, history, context):
 
     def responses(file, flag):
         lines = heldout.read(file, flag)
-        examples = {name: [encode_example(tokenizer, line.prompt, line.response) for line in lines]
-                    for name, tokenizer in tokenizers.items()}
-        sizes = np.cumsum([len(ids) for ids, _ in next(iter(examples.values()))])
-        count = max(1, int((sizes <= limit).sum())) if limit else len(lines)
-        return (f"{count:,} responses of {Path(file).name} given their prompts, {windows}",
-                {name: list(Windows.of(its[:count], context).evaluation_batches(max(1, 8192 // context)))
-                 for name, its in examples.items()})
+        encoded = lambda tokenizer: [encode_example(tokenizer, line.prompt, line.response) for line in lines]
+        if limit:                                            # the same lines for all, spread: a file's parts differ
+            share = min(1.0, limit / sum(len(ids) for ids, _ in encoded(first)))
+            count = max(1, int(share * len(lines)))
+            lines = [lines[i * len(lines) // count] for i in range(count)]
+        return (f"{len(lines):,} responses of {Path(file).name} given their prompts, {windows}",
+                {name: list(Windows.of(encoded(tokenizer), context).evaluation_batches(max(1, 8192 // context)))
+                 for name, tokenizer in tokenizers.items()})
     if args.text and args.text.endswith(".jsonl"):
         return responses(args.text, "--text")
     others = [name for name, tokenizer in tokenizers.items() if tokenizer.hash != first.hash]
