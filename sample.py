@@ -762,12 +762,13 @@ def evaluate(model, tokenizer, lines, answered, max_new_tokens, name=""):
     from tqdm import tqdm
     rows, token_bytes, unread = [], tokenizer.token_bytes(), 0
     for i, line in enumerate(tqdm(lines, desc=name, unit="line", disable=None, leave=False)):
-        nats, tokens, size = response_loss(model, tokenizer, line.prompt, line.response, token_bytes)
+        losses = {text: response_loss(model, tokenizer, line.prompt, text, token_bytes)
+                  for text in dict.fromkeys((line.response, *line.choices))}
+        nats, tokens, size = losses[line.response]
         row = {"nats": nats, "tokens": int(tokens), "bytes": int(size)}
         if line.choices:
-            losses = (response_loss(model, tokenizer, line.prompt, c, token_bytes) for c in line.choices)
-            bits = [its_nats / max(1, its_bytes) for its_nats, _, its_bytes in losses]
-            row["chosen"] = line.choices[bits.index(min(bits))] == line.response
+            bits = {text: its_nats / max(1, its_bytes) for text, (its_nats, _, its_bytes) in losses.items()}
+            row["chosen"] = min(line.choices, key=bits.get) == line.response
         prompt = tokenizer.render([{"role": "user", "content": line.prompt}])
         unread += len(tokenizer.encode(prompt, special=True)) > model.config.max_position_embeddings
         if i in answered:

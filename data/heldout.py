@@ -2,7 +2,7 @@
 Held-out prompts, and what of an answer the training text holds already.
 
     lines = heldout.read("val.jsonl")                          # prompts, responses, choices
-    shares = heldout.overlap(lines, lambda: heldout.training_text(directory, tokenizer))
+    shares = heldout.overlap(lines, heldout.training_text(directory, tokenizer))
     found = heldout.verbatim(answers, heldout.training_text(directory, tokenizer))
 """
 from pathlib import Path
@@ -105,8 +105,5 @@ def verbatim(answers, text):
     wanted = np.unique(np.concatenate([*hashes, np.zeros(0, np.uint64)]))
     seen = np.zeros(len(wanted), bool)
     for block in text:
-        here = span_hashes(block)
-        at = np.searchsorted(wanted, here).clip(max=max(0, len(wanted) - 1))
-        if len(wanted):
-            seen[at[wanted[at] == here]] = True
+        seen |= np.isin(wanted, span_hashes(block))
     return [(int(seen[np.searchsorted(wanted, h)].sum()), len(h)) for h in hashes]
