@@ -1449,12 +1449,8 @@ def ruler(directories, args, command):
     device = sample.pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    tokenizers = {name: Tokenizer.load(directory) for name, directory in directories.items()}
     models = {name: load(directory) for name, directory in directories.items()}          # mapped: nothing is read yet
-    for name, model in models.items():
-        if tokenizers[name].vocab_size > model.config.vocab_size:
-            raise UserError(f"the tokenizer in {directories[name]} has more ids than the model: they do not belong "
-                            "together")
+    tokenizers = {name: sample.tokenizer_of(model, directories[name]) for name, model in models.items()}
     if args.escalate and (len(models) != 2 or len({tokenizer.hash for tokenizer in tokenizers.values()}) > 1):
         raise UserError("--escalate measures two models at work together, a small and a large one with the same "
                         "tokenizer: compress.py --measure SMALL BIG --escalate")

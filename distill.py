@@ -644,14 +644,12 @@ def main(argv=None):
     if cfg.context > window and "context" in given:
         raise UserError(f"--context {cfg.context} is more than the teacher's window of {window}")
     cfg.context = min(cfg.context, window)
-    directory, its_tokenizer = train.open_data(cfg, given, machine), Tokenizer.load(teacher_dir)
+    its_tokenizer, directory = sample.tokenizer_of(teacher, teacher_dir), train.open_data(cfg, given, machine)
     tokenizer = Tokenizer.load(directory)
     if tokenizer.hash != its_tokenizer.hash and not cfg.from_samples:
         raise UserError(f"the teacher in {teacher_dir} has another tokenizer than the data {cfg.data}: prepare that "
                         f"with data/prepare.py --tokenizer {teacher_dir}, or let the teacher write text for a student "
                         "with the data's tokenizer: --from-samples TOKENS")
-    if its_tokenizer.vocab_size > teacher.config.vocab_size:
-        raise UserError(f"the tokenizer in {teacher_dir} has more ids than the model: they do not belong together")
     windows, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
     if exits:
         layers, cfg.init_from = [], cfg.teacher

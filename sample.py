@@ -1046,15 +1046,20 @@ def named(paths, flag):
     return dict(zip(names, map(whole, paths)))
 
 
-def open_model(path, device):
-    """(model, tokenizer) of a directory. Raises UserError if they do not belong together."""
-    directory = whole(path)
-    model = load(directory, device, torch.float32 if device.type == "cpu" else None)    # a CPU is slow at 16 bits
+def tokenizer_of(model, directory):
+    """The tokenizer in the model's directory. Raises UserError if they do not belong together."""
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model only "
                         f"{model.config.vocab_size}: they do not belong together")
-    return model, tokenizer
+    return tokenizer
+
+
+def open_model(path, device):
+    """(model, tokenizer) of a directory. Raises UserError if they do not belong together."""
+    directory = whole(path)
+    model = load(directory, device, torch.float32 if device.type == "cpu" else None)    # a CPU is slow at 16 bits
+    return model, tokenizer_of(model, directory)
 
 
 def partner(flag, args, model):

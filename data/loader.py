@@ -35,7 +35,9 @@ class Windows:
     tokens are learned about equally often. Prompts and responses: whole examples, as many as fit. One longer than the
     window is taken in pieces, each read behind half a window of what came before it, as in generation; `long` counts
     those examples, `unread` those whose prompt alone is longer, so that its beginning is out of sight of the response.
-    pieces: (n, 3) int64, each (start, fresh, end): tokens start ... end - 1 are read, those from fresh on learned
+    Training learns that half again, as it is computed anyway (1.124 against 1.138 bits per byte of MedQuAD after five
+    minutes); evaluation scores each token once.
+    pieces: (n, 3) int64, each (start, fresh, end): tokens start ... end - 1 are read, those from fresh on are new
     windows: the numbers of the pieces in each
     Raises UserError if the split is shorter than one window.
     """
@@ -86,7 +88,7 @@ class Windows:
             pieces.append((start, fresh, last))
         return np.array(pieces)
 
-    def _rows(self, windows, shift=0):
+    def _rows(self, windows, shift=0, once=True):
         B, T = len(windows), self.context
         ids, targets = np.zeros((B, T), np.int64), np.full((B, T), IGNORE, np.int64)
         segments = np.zeros((B, T), np.int64) if self.mask is not None else None
@@ -98,7 +100,8 @@ class Windows:
                 ids[row, here], targets[row, here] = tokens[:-1], tokens[1:]
                 if self.mask is not None:
                     not_learned = self.mask[start + 1:end] & LEARNED == 0
-                    not_learned[:max(0, fresh - start - 1)] = True
+                    if once:
+                        not_learned[:max(0, fresh - start - 1)] = True
                     targets[row, here][not_learned] = IGNORE
                     segments[row, here] = segment
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets),
@@ -113,7 +116,7 @@ class Windows:
                 random = np.random.default_rng((seed, epoch))
                 self._epoch = ((seed, epoch), random.permutation(self.per_epoch), random.integers(self.max_shift + 1))
             _, order, shift = self._epoch
-            windows.append(self._rows([self.windows[order[w]]], shift))
+            windows.append(self._rows([self.windows[order[w]]], shift, once=False))
         return Batch(*(None if t[0] is None else torch.cat(t) for t in zip(*windows)))
 
     def evaluation_batches(self, batch_size, max_tokens=None):

@@ -48,7 +48,7 @@ def models(corpus, tmp_path_factory):
 # --- windows ---
 
 @pytest.mark.parametrize("context", [16, 33, 64, 1000])
-def test_every_response_token_is_learned_once_behind_half_a_window_at_least(corpus, context):
+def test_every_response_token_is_scored_once_behind_half_a_window_at_least(corpus, context):
     w = Windows(corpus, "train", context)
     learned = np.zeros(len(w.tokens), int)
     firsts = np.flatnonzero(w.mask & 2)
@@ -61,6 +61,8 @@ def test_every_response_token_is_learned_once_behind_half_a_window_at_least(corp
             assert fresh - start >= min(context // 2, fresh - begin)
     assert (learned == ((w.mask & LEARNED) > 0)).all()
     assert sum(int((b.targets != IGNORE).sum()) for b in w.evaluation_batches(3)) == learned.sum()
+    computed = sum(int((w.mask[start + 1:end] & LEARNED > 0).sum()) for start, _, end in w.pieces)      # learned in an epoch
+    assert int((w.training_rows(0, 0, w.per_epoch).targets != IGNORE).sum()) == computed >= learned.sum()
     assert w.long == (np.diff(np.append(firsts, len(w.tokens))) > context + 1).sum()
 
 
