@@ -77,7 +77,7 @@ from data.loader import IGNORE, Batch, Windows
 from data.prepare import encode_example, find
 from data.tokenizer import Tokenizer
 from data.tokenizer import pairs as merge_pairs
-from model import (FAMILIES, LAYERS, SIZES, Int4Linear, LowRankLinear, QuantLinear, Transformer, absmax_scales,
+from model import (FAMILIES, LAYERS, SIZES, LowRankLinear, QuantLinear, Transformer, absmax_scales,
                    checkpoint_hash, dequantized, load, minmax_grid, model_name, read_json, refuse_foreign, rounded,
                    save, whole)
 
@@ -512,14 +512,10 @@ def plan(model, bits, group, head_bits, asymmetric=False):
     head_bits  8, 4 or 16 (stays float): of the embedding and the head, the most sensitive and in a small model the
                largest matrices. Tied, they are one table
     asymmetric of the layers with 4 bits: each group has an offset too
-    Raises UserError if a layer is quantized already, if groups do not divide its rows, or if float16 cannot hold it.
+    Raises UserError if groups do not divide the rows of a layer, or if float16 cannot hold it.
     """
     entries = []
     for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear):
-            kind = next(kind for kind, cls in LAYERS.items() if type(layer) is cls)
-            raise UserError(f"int{bits}: {name.removesuffix('.table')} is {kind} already: start from the model before "
-                            "that, or put the step dequantize first")
         head = name in ("model.embed_tokens", "lm_head")
         its_bits = head_bits if head else bits
         if (not isinstance(layer, (nn.Linear, nn.Embedding)) or name == "model.embed_positions" or its_bits == 16
@@ -734,7 +730,9 @@ def in_order(model, todo, batches, treat, name, drifts=True):
 
     theirs = [start(model, batch)[0] for batch in batches]
     if "model.embed_tokens" in todo:
-        found = treated([body.embed_tokens], ["model.embed_tokens"], table_hessian(model, batches[:2]))
+        read = todo["model.embed_tokens"]["kind"] == "int4"                       # int8 is rounded to nearest
+        hessian = table_hessian(model, batches[:2]) if read else None
+        found = treated([body.embed_tokens], ["model.embed_tokens"], hessian)
         model.replace(todo["model.embed_tokens"], found["model.embed_tokens"])
     ours, rotaries = zip(*(start(model, batch)[:2] for batch in batches))
     for i, block in enumerate(body.layers):
@@ -1242,6 +1240,8 @@ def parse(text):
 
 def parse_chain(texts):
     """The steps of a chain, in order. Raises UserError before any of them has done work."""
+    if not texts:
+        raise UserError("a chain has no step: write one such as int8, or \"width:0.5 recover:300\" in quotes")
     steps = [parse(text) for text in texts]
     if any(step.name == "gguf" for step in steps[:-1]):
         raise UserError("gguf must be the last step: it writes a file for other programs, not a model directory")
@@ -1251,11 +1251,11 @@ def parse_chain(texts):
 
 def check_order(steps, model=None):
     """Raises UserError for a step that undoes, or cannot follow, one before it, or what was done to the model."""
-    quantized = masked = None
+    quantized, masked = None, set()
     if model is not None:
-        kinds, done = {entry["kind"] for entry in model.compression}, {entry["step"] for entry in model.history}
-        quantized = next((kind for kind in QUANTIZING if kind in kinds), None)
-        masked = "sparse" if "sparse" in done else "lowrank" if "lowrank" in kinds else None
+        made = sorted(model.compression, key=lambda entry: ".layers." not in entry["module"])        # the head last
+        quantized = next((entry["kind"] for entry in made if entry["kind"] in QUANTIZING), None)
+        masked = {e["kind"] for e in made} & {"lowrank"} | {e["step"] for e in model.history} & {"sparse"}
     for step in steps:
         if quantized and step.name in QUANTIZING:
             raise UserError(f"{step.name} comes after {quantized}, which has quantized the model already: put "
@@ -1266,14 +1266,15 @@ def check_order(steps, model=None):
         if step.name == "gguf" and quantized and step.value != GGUF_STORED[quantized]:
             raise UserError(f"gguf:{step.value} comes after {quantized}, whose layers go unchanged into "
                             f"gguf:{GGUF_STORED[quantized]} only: write that, or put dequantize before gguf")
-        if step.name == "gguf" and masked == "lowrank":
+        if step.name == "gguf" and "lowrank" in masked:
             raise UserError("gguf comes after lowrank, and other programs have no layers of two factors: leave one out")
         if masked and step.name in (*SLICING, "lowrank"):
-            raise UserError(f"{step.name} comes after {masked}, and it needs whole matrices: put {step.name} first")
-        if masked == "sparse" and step.method == "gptq":
+            raise UserError(f"{step.name} comes after {' and '.join(sorted(masked))}, and it needs whole matrices: put "
+                            f"{step.name} first")
+        if "sparse" in masked and step.method == "gptq":
             raise UserError("gptq comes after sparse, and it would fill the zeros: use rtn or qat, or leave out sparse")
         quantized = step.name if step.name in QUANTIZING else None if step.name == "dequantize" else quantized
-        masked = step.name if step.name in ("lowrank", "sparse") else masked
+        masked = masked | {step.name} & {"lowrank", "sparse"}
 
 
 def written(steps):
@@ -1524,7 +1525,9 @@ def sweep_command(args, command):
                 print(f"recover and qat, and what comes after them, are left out: they learn from prepared data, and "
                       f"--calibration {args.calibration} is a text file")
             chains = [list(itertools.takewhile(lambda step: not trains([step]), chain)) for chain in chains]
+    shutil.rmtree(out / "model.run", ignore_errors=True)
     stages = {written(chain[:n]): chain[:n] for chain in chains for n in range(1, len(chain) + 1)}
+    base += " before" * (base in stages)
     before = out / "results.jsonl"
     rows = [json.loads(line) for line in before.read_text(encoding="utf-8").splitlines()] if before.exists() else []
     costs = {name: 100 + cost(steps[-1], args) for name, steps in stages.items()}
@@ -1586,7 +1589,7 @@ def cost(step, args):
 def step_by_step(rows):
     """What each step of the chains of several did to bits per byte, as Markdown lines."""
     bits, lines = {row["name"]: row["bits_per_byte"] for row in rows}, []
-    for name in bits:
+    for name in list(bits)[1:]:                                  # the first is what they were made of
         if "+" in name and not any(other.startswith(name + "+") for other in bits):
             parts = name.split("+")
             values = [rows[0]["bits_per_byte"], *(bits["+".join(parts[:n + 1])] for n in range(len(parts)))]
@@ -1846,13 +1849,16 @@ def check_flags(args, steps):
              "width, ...", methods & {*CALIBRATED}),
             ("qat-steps", args.qat_steps != 300, "that trains: int4:qat or int8:qat", "qat" in methods),
             ("lr", args.lr != 1e-3, training, trains(steps)),
-            ("resume", args.resume, f"{training}, or several steps", trains(steps) or len(steps) > 1),
+            ("resume", args.resume, f"{training}, or several steps",
+             looks(steps) or len(steps) > 1 or args.sweep is not None),
             ("recover-control", args.recover_control, "of recovery: recover", "recover" in names)):
         if value and not there:
             raise UserError(f"--{flag} needs a step {needs}")
     for name, least in (("calibration_windows", 1), ("qat_steps", 1), ("lr", 0), ("seed", 0)):
         if not least <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
+    if args.asymmetric and "sparse" in names:
+        raise UserError("--asymmetric fills the zeros of sparse with its offsets: leave one of them out")
     kept = steps[-1].name == "gguf" and "dequantize" not in names
     if args.asymmetric and kept and steps[-1].value in GGUF_STORED.values():
         raise UserError(f"gguf:{steps[-1].value} has no offsets: leave out --asymmetric, or put dequantize before gguf "

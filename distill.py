@@ -88,6 +88,8 @@ def check(cfg):
     if (cfg.exits or cfg.from_samples) and (cfg.cache or online or cfg.control or cfg.student):
         wrong.append(f"{'--exits' if cfg.exits else '--from-samples'} goes without --cache, --control, --student, "
                      "--hidden, --attention-weight and --on-policy")
+    if cfg.exits and cfg.from_samples:
+        wrong.append("--exits teaches the model on its own data: leave out --from-samples")
     sizes = [flag(n) for n in ("student_width", "student_heads", "student_ffn") if getattr(cfg, n)]
     if sizes and (cfg.init != "random" or cfg.student):
         wrong.append(f"{sizes[0]} needs --init random: the teacher's layers, or --student, have their own")
@@ -312,8 +314,8 @@ def make_cache(directory, teacher, windows, header, cfg, machine, vocab_size):
         return systematic(probs, draws[-1], random)
     with replacing(directory, "header.json") as new:
         files = [open(new / f"{name}.bin", "wb") for name in ("lengths", "ids", "counts", "offsets")]
-        for batch in tqdm(windows.evaluation_batches(rows), total=-(-len(windows.windows) // rows), desc="teacher",
-                          unit="batch", disable=None, leave=False):
+        for batch in tqdm(windows.evaluation_batches(rows, once=False), total=-(-len(windows.windows) // rows),
+                          desc="teacher", unit="batch", disable=None, leave=False):
             learned = (batch.targets != IGNORE).numpy()                                                # (rows, T)
             labels = zip(*map(label, teacher_probs(teacher, batch, machine, vocab_size)))
             ids, counts, found = (torch.cat(t).cpu().numpy() for t in labels)
@@ -384,7 +386,7 @@ def open_cache(cfg, teacher, its_hash, windows, tokenizer, machine, timed):
         reads = cfg.steps * size or 60 * cfg.minutes / (timed() / size + a_token / cfg.passes)
         cfg.pool = int(train.all_sum(machine, torch.tensor(float(reads))) / machine.size / cfg.passes)
     pool = narrowed(windows, there.get("windows") or cfg.pool // cfg.context, there.get("seed", cfg.seed))
-    wanted = dict(format=1, teacher=its_hash, tokenizer=tokenizer.hash[:16], data=windows.meta["sha256"],
+    wanted = dict(format=2, teacher=its_hash, tokenizer=tokenizer.hash[:16], data=windows.meta["sha256"],
                   context=cfg.context, windows=pool.per_epoch, labels=cfg.cache_labels)
     if not there and machine.rank == 0:
         make_cache(directory, teacher, pool, {**wanted, "seed": cfg.seed}, cfg, machine, tokenizer.vocab_size)
@@ -406,7 +408,8 @@ def on_policy_rows(batch, first, student, tokenizer, cfg, machine):
         random = torch.Generator(machine.device).manual_seed((cfg.seed * 10 ** 9 + first + row) % 2 ** 63)
         if torch.rand((), generator=random, device=machine.device) >= cfg.on_policy:
             continue
-        n = T // 4 if segments is None else int((targets[row] != IGNORE).float().argmax()) + 1
+        inside = segments is None or targets[row, 0] != IGNORE               # of a text, or of a long answer
+        n = T // 4 if inside else int((targets[row] != IGNORE).float().argmax()) + 1
         with train.in_dtype(machine):
             new = sample.generate(student, ids[row:row + 1, :n], T + 1 - n, stop, tokenizer.vocab_size, random)
             text = torch.tensor(ids[row, :n].tolist() + [int(i) for i in new])
@@ -452,7 +455,9 @@ def make_student(cfg, given, teacher, tokenizer, machine):
     c, total, student = teacher.config, teacher.config.num_hidden_layers, None
     if cfg.student:
         cfg.init_from = cfg.student
-        student = train.open_model(dataclasses.replace(cfg, resume=False), given, tokenizer, machine)
+        begun = dataclasses.replace(cfg, resume=False)
+        student = train.open_model(begun, given, tokenizer, machine)
+        cfg.context = begun.context                                          # its window may be shorter
     n = student.config.num_hidden_layers if student else cfg.student_layers or cfg.layer_map.count(",") + 1 \
         if cfg.student_layers or cfg.layer_map else default_layers(teacher)
     layers = numbers(cfg.layer_map, "--layer-map", 0, total - 1) if cfg.layer_map else spread(n, total)
@@ -498,19 +503,20 @@ def write_samples(cfg, teacher, its_tokenizer, windows, tokenizer):
     OUT/samples with the data's tokenizer: the way from one tokenizer to another (Kim and Rush, 2016)."""
     if windows.mask is not None:
         raise UserError("--from-samples continues plain text, and the data holds prompts and responses")
-    out, texts, length = Path(cfg.out), [], teacher.config.max_position_embeddings - 16
+    out, texts, written, length = Path(cfg.out), [], 0, teacher.config.max_position_embeddings - 16
     bar = tqdm(total=cfg.from_samples, unit="token", desc="teacher writes", disable=None, leave=False)
     for i in itertools.count(0, 16):
         batch = windows.training_rows(cfg.seed, i, 16)
         prompts = [its_tokenizer.encode(tokenizer.decode(row.tolist()))[:16] for row in batch.ids]
-        prompts = torch.tensor([p for p in prompts if len(p) == 16])                                   # (B, 16)
+        prompts = torch.tensor([p[:min(map(len, prompts))] for p in prompts])                          # (B, up to 16)
         random = torch.Generator(next(teacher.parameters()).device).manual_seed(cfg.seed * 10 ** 9 + i)
         new = torch.stack(list(sample.generate(teacher, prompts, length, vocab_size=its_tokenizer.vocab_size,
                                                generator=random)), dim=1).cpu()                        # (B, length)
-        texts += [json.dumps({"text": its_tokenizer.decode(ids)}) + "\n"
-                  for ids in torch.cat((prompts, new), dim=1).tolist()]
+        texts += [json.dumps({"text": text}) + "\n" for ids in torch.cat((prompts, new), dim=1).tolist()
+                  for text in its_tokenizer.decode(ids).split(its_tokenizer.eos_token)]          # a document each
         bar.update(new.numel())
-        if len(texts) * length >= cfg.from_samples:
+        written += new.numel()
+        if written >= cfg.from_samples:
             break
     bar.close()
     out.mkdir(parents=True, exist_ok=True)
@@ -650,7 +656,6 @@ def main(argv=None):
         raise UserError(f"the teacher in {teacher_dir} has another tokenizer than the data {cfg.data}: prepare that "
                         f"with data/prepare.py --tokenizer {teacher_dir}, or let the teacher write text for a student "
                         "with the data's tokenizer: --from-samples TOKENS")
-    windows, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
     if exits:
         layers, cfg.init_from = [], cfg.teacher
         student = train.open_model(cfg, given, tokenizer, machine)
@@ -660,17 +665,16 @@ def main(argv=None):
     if cfg.resume:
         student = train.open_model(cfg, given, tokenizer, machine)
     student.exits = exits
+    windows, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
     entry = train.history_entry(cfg, windows.meta, tokenizer, student)
     if cfg.resume and entry.get("teacher", {}).get("sha256") != its_hash:
         raise UserError(f"the teacher in {teacher_dir} is not the one that the run in {out} began with")
     if not cfg.resume:
         entry.update(step="exits" if exits else "distill", loss=cfg.loss, hard_weight=cfg.hard_weight, cache=cfg.cache,
                      teacher={"name": model_name(teacher_dir), "sha256": its_hash})
-    if cfg.overwrite and not cfg.resume and machine.rank == 0:               # last, when nothing else can go wrong
-        for run_dir, name, end in itertools.product((out, out / "control"), ("best", "last"), ("", ".new", ".old")):
-            shutil.rmtree(run_dir / (name + end), ignore_errors=True)
     ours, its, c = student.parameters_count(), teacher.parameters_count(), student.config
-    start = f", from {', '.join(map(str, layers))}" if cfg.init != "random" and not cfg.student and layers else ""
+    taken = layers and cfg.init != "random" and not (cfg.student or cfg.from_samples)
+    start = f", from {', '.join(map(str, layers))}" if taken else ""
     train.say(machine, f"teacher: {its:,} parameters, {total} layers of width {teacher.config.hidden_size}; student: "
               f"{ours:,} ({ours / its:.0%}), {c.num_hidden_layers} layers of width {c.hidden_size}{start}; expect "
               f"decode at {teacher.matmul_parameters() / student.matmul_parameters():.2f} x the speed, prefill at "
@@ -690,7 +694,7 @@ def main(argv=None):
         windows, loss_fn = Windows(out / "samples", "train", cfg.context), train.cross_entropy
     else:
         loss_fn = Exits(exits, tokenizer.vocab_size, cfg) if exits else \
-            Distillation(teacher, student, layers, tokenizer.vocab_size, cfg)
+            Distillation(teacher, student, layers, tokenizer.vocab_size, cfg).to(machine.device)
     if cfg.cache:
         cache, pool = open_cache(cfg, teacher, its_hash, windows, tokenizer, machine,
                                  lambda: seconds(plain, train.cross_entropy))
@@ -709,11 +713,14 @@ def main(argv=None):
         turns = torch.tensor([(seconds(batches, loss_fn), seconds(plain, train.cross_entropy)) for _ in range(3)])
         slow, fast = (train.all_sum(machine, turns).mean(0) / machine.size).tolist()
         cfg.steps = cfg.steps or (train.read_state(out)["total"] if cfg.resume else 0) or \
-            train.plan(slow, common["eval_cost"], cfg, machine)
+            train.plan(0, 0, 0.0, slow, common["eval_cost"], cfg, machine)
         cfg.control_steps = max(1, round((cfg.steps * slow + cached) / fast))
         entry["step_ms"] = [round(1000 * slow, 1), round(1000 * fast, 1)]
         train.say(machine, f"{cfg.steps:,} steps of {1000 * slow:.0f} ms; as long, the cache included, takes the "
                   f"control: {cfg.control_steps:,} of {1000 * fast:.0f} ms")
+    if cfg.overwrite and not cfg.resume and machine.rank == 0:               # last, when nothing else can go wrong
+        for name, end in itertools.product(("best", "last"), ("", ".new", ".old")):       # fit does so with its own
+            shutil.rmtree(out / "control" / (name + end), ignore_errors=True)
     train.fit(student, batches, loss_fn, cfg, machine, entry=entry, **common)
     if cfg.control:
         begun = any((out / "control" / ("last" + end) / "config.json").is_file() for end in ("", ".new", ".old"))

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 import sample
 from data import Parser, UserError, run
-from data.loader import IGNORE, LEARNED, Batch, Windows
+from data.loader import IGNORE, LEARNED, Windows
 from data.prepare import find, prepare
 from data.tokenizer import Tokenizer
 from model import (Config, QuantLinear, Transformer, call, checkpoint_hash, in_c, load, model_name, read_json,
@@ -539,12 +538,10 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         shard(forward, machine)
     optimizers = make_optimizers(model, loss_fn, cfg)
     for o, s in zip(optimizers, state["optimizers"] if cfg.resume else ()):
-        peaks, params = [g["peak"] for g in o.param_groups], [p for g in o.param_groups for p in g["params"]]
+        params = [p for g in o.param_groups for p in g["params"]]
         for i, kept in s["state"].items() if fsdp else ():                   # files hold whole tensors
             kept.update({k: sharded_like(params[i], v) for k, v in kept.items() if v.shape == params[i].shape})
-        o.load_state_dict(s)
-        for g, peak in zip(o.param_groups, peaks):                           # a rate given with --resume holds
-            g["peak"] = peak
+        o.load_state_dict({**s, "param_groups": o.state_dict()["param_groups"]})     # what --resume was given holds
     model.model.checkpoint = cfg.checkpoint_activations
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -565,6 +562,9 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     if ddp:
         forward = nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
     log = Log(out / "log.jsonl", step, machine, cfg)
+    if cfg.overwrite and not cfg.resume and machine.rank == 0:               # last, when nothing else can go wrong
+        for d in itertools.product(("best", "last"), ("", ".new", ".old")):
+            shutil.rmtree(out / "".join(d), ignore_errors=True)
     wanted = Interrupt()
 
     def state_of():
@@ -587,7 +587,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
                  state and (lambda new: torch.save(state, new / "training_state.pt")), weights)
 
     def diverged(what):
-        raise UserError(f"the {what} is not finite at step {step + 1}" +
+        raise UserError(f"the {what} is not finite after step {step}" +
                         (f"; the last good checkpoint is {out / 'last'}" if saves else "") +
                         ": lower --lr, --embed-lr and --matrix-lr, or use --dtype float32")
 
@@ -699,7 +699,7 @@ def plan(step, total, seconds, step_seconds, eval_cost, cfg, machine):
     """Steps that fit the time budget, of which `seconds` have passed; the same number on every process. `total`, what
     was planned before, stays if it is right to 2 %."""
     steps = from_first(max(step + 1, int(step + (60 * cfg.minutes - seconds) / step_seconds - cfg.evals * eval_cost)))
-    if abs(steps - total) <= 0.02 * total:
+    if total and abs(steps - total) <= max(1, 0.02 * total):
         return total
     say(machine, f"step {step}: {cfg.minutes:g} minutes are {steps:,} steps of {1000 * step_seconds:.0f} ms")
     return steps
@@ -728,12 +728,6 @@ class Log:
         self.file = self.wandb = None
         if machine.rank:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = [line for line in read_log(path) if line["step"] <= step] if step else []
-        new = path.with_name(path.name + ".new")                             # a kill must not cost the curve so far
-        new.write_text("".join(json.dumps(line) + "\n" for line in before), encoding="utf-8")
-        os.replace(new, path)
-        self.file = open(path, "a", encoding="utf-8")
         if cfg.wandb:
             try:
                 import wandb
@@ -741,6 +735,12 @@ class Log:
             except Exception as error:
                 raise UserError(f"--wandb {cfg.wandb} failed ({error}): install wandb and run wandb login, set "
                                 "WANDB_MODE=offline, or leave the flag out") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = [line for line in read_log(path) if line["step"] <= step] if step else []
+        new = path.with_name(path.name + ".new")                             # a kill must not cost the curve so far
+        new.write_text("".join(json.dumps(line) + "\n" for line in before), encoding="utf-8")
+        os.replace(new, path)
+        self.file = open(path, "a", encoding="utf-8")
 
     def write(self, **line):
         if self.file:
@@ -829,7 +829,7 @@ def open_model(cfg, given, tokenizer, machine):
         if any(isinstance(m, QuantLinear) for m in model.modules()):
             raise UserError(f"the model in {path} has quantized layers, and only float ones are trained: "
                             f"python compress.py {path} dequantize --out DIR gives a dense model")
-        if Tokenizer.load(path).hash != tokenizer.hash:
+        if sample.tokenizer_of(model, path).hash != tokenizer.hash:
             raise UserError(f"the model in {path} has another tokenizer than the data: prepare the data with "
                             f"data/prepare.py --tokenizer {path}")
         for p in model.parameters():
@@ -852,9 +852,11 @@ def open_model(cfg, given, tokenizer, machine):
 def resumed(cfg, given):
     """The config of the run in cfg.out, with the flags that were given. Raises UserError if they change the model."""
     stored, given = read_state(cfg.out)["config"], () if is_next_try(cfg.out) else given
+    if stored.keys() - vars(cfg).keys():
+        raise UserError(f"the run in {cfg.out} was begun by another script, such as distill.py: resume it with that")
     if "minutes" in given:
         raise UserError("--minutes plans a new run; to go on beyond this one's last step give --steps")
-    for name in (*SHAPE, "data", "init_from", "vocab_size", "context", "batch_size", "optimizer", "seed"):
+    for name in (*SHAPE, "preset", "data", "init_from", "vocab_size", "context", "batch_size", "optimizer", "seed"):
         if name in given and getattr(cfg, name) != stored[name]:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but the run in {cfg.out} has "
                             f"{stored[name]}: leave the flag out, or give another --out")
@@ -974,9 +976,6 @@ def main(argv=None):
     train, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
     meta, c = train.meta, model.config
     entry = history_entry(cfg, meta, tokenizer, model)
-    if cfg.overwrite and not cfg.resume and machine.rank == 0:       # last, when nothing else can go wrong
-        for d in itertools.product(("best", "last"), ("", ".new", ".old")):
-            shutil.rmtree(out / "".join(d), ignore_errors=True)
     positions, sizes = cfg.batch_size * cfg.context, meta["splits"]
     eval_tokens = min(max(cfg.eval_tokens, cfg.context) if cfg.eval_tokens else math.inf, sizes["val"]["tokens"])
     say(machine, f"data {meta['name']}: {sizes['train']['tokens']:,} training tokens of "

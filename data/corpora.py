@@ -81,21 +81,14 @@ def documents(files, skipped):
     """Yield (name, parts) for each document of `files` (see `source`); counts in `skipped`, a Counter.
 
     Reading `parts` of a text may raise Skip: then the whole document is to be dropped and counted by the caller.
-    Raises UserError for a broken .jsonl line, and for text mixed with examples.
+    Raises UserError for a broken .jsonl line.
     """
-    kinds = {}  # "text" / "examples" -> the first place it was seen
     for name, path, lf, end in files:
         if not path.is_file():  # a dangling link, a pipe, a socket
             skipped["not a regular file"] += 1
             continue
-        rows = (jsonl(path, name) if path.suffix.lower() == ".jsonl" else between(path, name, end) if end else
-                [(name, pieces(blocks(path, lf)))])
-        for place, parts in rows:
-            kinds.setdefault("examples" if isinstance(parts, tuple) else "text", place)
-            if len(kinds) == 2:
-                raise UserError(f"{kinds['text']} is text and {kinds['examples']} is a prompt and its response: make "
-                                "two datasets of them (two --name)")
-            yield place, parts
+        yield from (jsonl(path, name) if path.suffix.lower() == ".jsonl" else between(path, name, end) if end else
+                    [(name, pieces(blocks(path, lf)))])
 
 
 def between(path, name, end):

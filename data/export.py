@@ -82,7 +82,7 @@ def stored_blocks(layer):
 def gguf_mismatch(model, kind):
     """Why a model's quantized layers do not fit a GGUF file of this type, as text; None: they do, or there are none."""
     blocks = {e["kind"] for e in model.compression if ".layers." in e["module"]}
-    fit = {GGUF_STORED[k] for k in blocks or {e["kind"] for e in model.compression}}
+    fit = {GGUF_STORED[k] for k in blocks}
     if fit and kind not in fit:
         return (f"gguf:{kind}: the model's layers are {' and '.join(sorted(blocks))}, which goes unchanged into "
                 f"gguf:{' or gguf:'.join(sorted(fit))} only; write that, or put the step dequantize before gguf:{kind}")
@@ -120,7 +120,7 @@ def gguf_architecture(config):
 
 def gguf_metadata(writer, gguf, config, kind):
     """Shapes and constants of the model, under GGUF's keys. Returns the context length in tokens."""
-    c, arch = config, gguf_architecture(config)
+    c = config
     # llama.cpp attends to everything: up to the window's length that is the same.
     context = min([c.max_position_embeddings, *filter(None, map(c.window, range(c.num_hidden_layers)))])
     writer.add_type("model")

@@ -119,13 +119,14 @@ class Windows:
             windows.append(self._rows([self.windows[order[w]]], shift, once=False))
         return Batch(*(None if t[0] is None else torch.cat(t) for t in zip(*windows)))
 
-    def evaluation_batches(self, batch_size, max_tokens=None):
-        """Every window of the split once, in order; or as many as hold max_tokens, spread over the split."""
+    def evaluation_batches(self, batch_size, max_tokens=None, once=True):
+        """Every window of the split once, in order; or as many as hold max_tokens, spread over the split. once=False:
+        with the targets of training."""
         chosen = np.arange(len(self.windows))
         if max_tokens and len(chosen) * self.context > max_tokens:
             chosen = np.linspace(0, len(chosen) - 1, max(1, max_tokens // self.context)).astype(int)
         for i in range(0, len(chosen), batch_size):
-            yield self._rows([self.windows[w] for w in chosen[i:i + batch_size]])
+            yield self._rows([self.windows[w] for w in chosen[i:i + batch_size]], once=once)
 
 
 def packed(sizes, room):

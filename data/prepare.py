@@ -115,7 +115,7 @@ class Scan:
         return self._rows()["signature"]
 
     def _read(self, files, smoke, label):
-        kind, skipped, total, whole = None, Counter(), 0, hashlib.sha256()
+        kinds, skipped, total, whole = {}, Counter(), 0, hashlib.sha256()  # kinds: the first document of each
         expected = sum(path.stat().st_size for path in (f.path for f in files) if path.is_file())
         bar = tqdm(total=None if smoke else expected, unit="B", unit_scale=True, desc=f"read {label}", disable=None,
                    leave=False)
@@ -135,7 +135,10 @@ class Scan:
                     if isinstance(parts, tuple) and not parts.response.strip():
                         raise corpora.Skip("empty response")
                     whole.update(name.encode("utf-8", "surrogateescape") + b"\0" + digest.digest())
-                    kind = "examples" if isinstance(parts, tuple) else "text"
+                    kinds.setdefault("examples" if isinstance(parts, tuple) else "text", name)
+                    if len(kinds) == 2:
+                        raise UserError(f"{kinds['text']} is text and {kinds['examples']} is a prompt and its "
+                                        "response: make two datasets of them (two --name)")
                     usable = True
                     total += size
                 except corpora.Skip as reason:
@@ -145,7 +148,7 @@ class Scan:
                 if smoke and total > SMOKE_BYTES:
                     break
         sync(self.path)
-        return {"kind": kind, "sha256": whole.hexdigest(), "skipped": skipped}
+        return {"kind": next(iter(kinds), None), "sha256": whole.hexdigest(), "skipped": skipped}
 
 
 def utf8(parts, smoke=False):

@@ -14,10 +14,8 @@ import datetime
 import functools
 import hashlib
 import json
-import os
 import re
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -294,11 +292,6 @@ class Tokenizer:
         """
         ids = self.encode_array(text, special).tolist()
         return [self.bos_id] + ids if bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
-
-    def encode_batch(self, texts, special=False):
-        """`encode` of each text, on all cores (tiktoken lets go of the GIL): a list of lists."""
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            return list(pool.map(lambda text: self.encode(text, special), texts))
 
     def decode_bytes(self, ids):
         """The bytes of `ids`, piece by piece as they come: unused ids give none, special tokens their text."""

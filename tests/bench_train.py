@@ -9,7 +9,8 @@ race: nanoGPT's CPU example (its README: 4 layers of width 128, context 64, 2,00
 characters as ids, and train.py with RACE below, bytes as ids, in turns on the same cores, on the first 90 % of an ASCII
 file. One function scores both on the rest. Times are of training alone: no evaluation, no saving, on either side.
 throughput: forward, backward, clipping and optimizer at one shape, each side in its own process, in turns.
-scale: train.py for fixed times on each shape. Runs are kept in --out and not run again; all that are there count.
+scale: train.py for fixed times on each shape. Runs are kept in --out and not run again; all that are there count, but
+those longer than --fit-minutes are not fitted: there the fitted value is a prediction.
 """
 import collections, contextlib, functools, importlib.util, io, itertools, json, math, os, pickle, re, shutil
 import statistics, subprocess, sys, tempfile, time
@@ -358,11 +359,11 @@ def scale(args):
         command(ROOT, ROOT / "train.py", *args.flags.split(), data=data, out=folder, layers=layers, width=width,
                 minutes=minutes, overwrite=True)
     rows = finished(out)
-    if not rows:
-        raise UserError(f"--out {out} holds no run that has ended: --shapes 128x4 makes one")
-    n, d, bits, seconds = np.array([*rows.values()]).T
+    if not any(row[3] <= 66 * args.fit_minutes for row in rows.values()):               # a budget is met to about 10 %
+        raise UserError(f"--out {out} holds no run that has ended in --fit-minutes: --shapes 128x4 makes one")
+    n, d, bits, seconds = np.array([row for row in rows.values() if row[3] <= 66 * args.fit_minutes]).T
     # In runs of one duration the text follows from the size, and the two terms cannot be told apart.
-    enough = len(rows) >= 6 and abs(np.corrcoef(np.log(n), np.log(d))[0, 1]) < 0.98
+    enough = len(n) >= 6 and abs(np.corrcoef(np.log(n), np.log(d))[0, 1]) < 0.98
     E, A, a, B, b = fitted = enough and fit_curve(n, d, bits) or [math.nan] * 5
     curve = lambda n, d: E + A / n ** a + B / d ** b
     print("\n| run | parameters | text learned, MB | seconds | bits per byte | fitted |\n|---|" + "---:|" * 5)
@@ -402,6 +403,7 @@ def main(argv=None):
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="throughput: ours (nanoGPT's is adamw)")
     add("--data", default="stdlib", help="scale: prepared data, or a known corpus")
     add("--minutes", nargs="+", type=float, default=[5.0], help="scale: of a run; several for the curve")
+    add("--fit-minutes", type=float, default=math.inf, help="scale: fit shorter runs only, and predict the longer ones")
     add("--vocab", nargs="+", type=int, default=[0], help="scale: prepare the corpus with each size (0: as it is)")
     add("--out", default="out-scale", help="scale: where the runs are kept")
     add("--flags", default="", help="scale: more flags for train.py, in one string")

@@ -75,7 +75,8 @@ def test_steps(text, want):
     ("int4 recover:5", "recover comes after int4"), ("int8 sparse:0.5", "sparse comes after int8"),
     ("lowrank:0.8 ffn:0.5", "ffn comes after lowrank, and it needs whole matrices: put ffn first"),
     ("sparse:0.5 recover:5 lowrank:0.5", "lowrank comes after sparse"), ("sparse:0.5 int4:gptq", "gptq comes after sparse, .*zeros"),
-    ("lowrank:0.8 gguf:f16", "gguf comes after lowrank"), ("recover:5:text:x", "too many parts"), ("witdh:0.5", "did you mean width")])
+    ("lowrank:0.8 gguf:f16", "gguf comes after lowrank"), ("lowrank:0.8 sparse:0.5 gguf:f16", "gguf comes after lowrank"),
+    ("sparse:0.5 int4 --asymmetric", "--asymmetric fills the zeros of sparse"), ("recover:5:text:x", "too many parts"), ("witdh:0.5", "did you mean width")])
 def test_what_is_refused(steps, match, root, tmp_path):
     with pytest.raises(UserError, match=match):
         run(root / "dense", *steps.split(), "--out", tmp_path / "m")
@@ -91,6 +92,8 @@ def test_the_order_holds_for_what_was_done_before(root, tmp_path):
             run(root / "dense", made, "--out", source)
         with pytest.raises(UserError, match=match):
             run(source, steps, "--out", tmp_path / "m")
+    run(root / "dense", "int4", "--head-bits", "8", "--out", tmp_path / "mixed")
+    compress.check_order([compress.parse("gguf:q4_0")], load(tmp_path / "mixed"))               # the blocks decide
     run(tmp_path / "int8", "dequantize", "ffn:0.7:magnitude", "int4", "--out", tmp_path / "m")
     assert [e["step"] for e in load(tmp_path / "m").history] == ["train", "int8", "dequantize", "ffn", "int4"]
 
@@ -290,7 +293,7 @@ def test_a_sweep_without_prepared_data_leaves_out_what_trains(root, tmp_path, ca
 @pytest.mark.parametrize("argv, match", [
     (["--sweep"], "--sweep is written"), (["dense", "int8", "--sweep", "--out", "s"], "--sweep is written"), (["dense", "--sweep"], "--sweep is written"),
     (["dense", "--sweep", "int8 gguf:q8_0", "--out", "s"], "leave it out"), (["dense", "--sweep", "int8 int4", "--out", "s"], "int4 comes after int8"),
-    (["dense", "--sweep", "int9", "--out", "s"], "no step 'int9'"), (["dense", "--sweep", "int8", "--qat-steps", "3", "--out", "s"], "--qat-steps needs"),
+    (["dense", "--sweep", "int9", "--out", "s"], "no step 'int9'"), (["dense", "--sweep", "", "--out", "s"], "a chain has no step"), (["dense", "--sweep", "int8", "--qat-steps", "3", "--out", "s"], "--qat-steps needs"),
     (["dense", "--sweep", "int8", "--out", "dense"], "dense, where the stages of a chain are kept, holds something else"),
     (["dense", "int8", "--out", "s", "--resume"], "--resume needs a step that trains: .*, or several steps"),
     (["--measure", "dense", "--sweep"], "--measure compares finished models")])

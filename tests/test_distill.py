@@ -1,8 +1,7 @@
 """Distillation: losses against float64, the sampled cache's expectation, masks, accumulation, processes, resume, bad input."""
-import copy, dataclasses, json, math, random, shutil, signal, subprocess, sys
+import json, random, shutil, signal, subprocess, sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -245,12 +244,13 @@ def test_cached_rows_are_the_teachers_labels_of_those_rows(teacher, data, cached
     assert ((dense - p) * header["draws"]).abs().max() < 1.001
 
 
-def test_cached_labels_of_masked_examples_are_at_responses_only(qa_teacher, examples, tmp_path):
-    go(qa_teacher, examples, tmp_path / "run", "--steps", 4, "--cache", "--context", 160)
+@pytest.mark.parametrize("context", [160, 32])                                       # 32 cuts most examples into pieces
+def test_cached_labels_of_masked_examples_are_at_all_that_is_learned_and_only_there(qa_teacher, examples, context, tmp_path):
+    go(qa_teacher, examples, tmp_path / "run", "--steps", 4, "--cache", "--context", context)
     header = json.loads((tmp_path / "run" / "cache" / "header.json").read_text())
     cache = distill.Cache(tmp_path / "run" / "cache", {k: header[k] for k in ("windows", "context")})
-    rows = cache.rows(distill.narrowed(Windows(examples, "train", 160), header["windows"], 0), 0, 0, 4, 0.3)
-    assert torch.equal(rows.weights.sum(2) > 0, rows.targets != IGNORE) and header["tokens"] < header["windows"] * 160
+    rows = cache.rows(distill.narrowed(Windows(examples, "train", context), header["windows"], 0), 0, 0, 4, 0.3)
+    assert torch.allclose(rows.weights.sum(2), (rows.targets != IGNORE).float()) and header["tokens"] < header["windows"] * context
 
 
 def test_a_stale_or_cut_cache_is_refused(teacher, qa_teacher, examples, data, cached, tmp_path):
@@ -356,6 +356,14 @@ def test_the_report_says_what_was_measured(cached, teacher):
     assert entry["step"] == "distill" and entry["teacher"]["name"] == "teacher" and load(cached / "control").history[-1]["step"] == "control"
 
 
+def test_a_time_budget_is_shared_with_a_control(teacher, data, tmp_path):
+    go(teacher, data, tmp_path / "run", "--minutes", 0.03, "--control", "--student-layers", 2)
+    for run in ("", "control"):
+        state = train.read_state(tmp_path / "run" / run)
+        assert state["step"] == state["total"] >= 1
+    assert "control" in json.loads((tmp_path / "run" / "report.json").read_text())["models"]
+
+
 def test_rows_the_student_writes(teacher, data):
     student, windows = load(teacher), Windows(data, "train", 32)
     cfg, tokenizer = distill.DistillConfig(on_policy=0.5), Tokenizer.load(data)
@@ -451,7 +459,6 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(teacher, data, tmp_pat
 
 
 def test_more_bad_input(teacher, data, cached, tmp_path, capsys):
-    refused = lambda *flags, match: pytest.raises(UserError, match=match)
     with pytest.raises(UserError, match="which teacher"):
         distill.main(["--out", str(tmp_path / "x")])
     with pytest.raises(UserError, match="--loss is reverse, but the run"):

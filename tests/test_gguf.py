@@ -9,7 +9,7 @@ import compress
 import sample
 from data import UserError, export
 from data.tokenizer import GPT2, QWEN2, Tokenizer, tokenizer_json
-from model import Int4Linear, Int8Linear, Transformer, config_from_hub, load, save
+from model import Int4Linear, Int8Linear, Transformer, config_from_hub, save
 
 V, CONTEXT = 320, 256                                            # llama.cpp rounds contexts up to 256
 TINY = dict(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

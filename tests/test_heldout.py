@@ -172,7 +172,7 @@ def test_the_table_and_the_lines(corpus, models, tmp_path, capsys):
         its = [row for row in rows if row["model"] == name]
         bits = sum(r["nats"] for r in its) / math.log(2) / sum(r["bytes"] for r in its)
         assert f"| all | {name} | {len(lines)} | {bits:.4f} |" in said
-        groups = [int(line.split("|")[3]) for line in said.splitlines() if line.startswith(f"| site s") and f"| {name} |" in line]
+        groups = [int(line.split("|")[3]) for line in said.splitlines() if line.startswith("| site s") and f"| {name} |" in line]
         assert len(groups) == 3 and sum(groups) == len(lines)
     model, tokenizer = sample.open_model(models / "a", torch.device("cpu"))
     first = next(row for row in rows if "answer" in row)

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import model as model_module
 import sample, train
+from data.loader import Batch
 from model import KERNELS, MLP, Config, KVCache, LowRankLinear, RMSNorm, Transformer, declare, kernels, placed
 
 SHAPES = {
@@ -99,7 +100,7 @@ def test_low_rank_layers(inner, monkeypatch):
 
 
 def test_threads_change_no_bit(monkeypatch):
-    model, ids, threads, results = build(hidden_size=256, intermediate_size=512), torch.randint(96, (1, 12)), [], []
+    model, ids, results = build(hidden_size=256, intermediate_size=512), torch.randint(96, (1, 12)), []
     before = torch.get_num_threads()
     for n in (1, 2, 3):
         torch.set_num_threads(n)
@@ -201,7 +202,7 @@ def test_gradients_of_a_whole_model(shape, monkeypatch):
     segments[0, 9:], segments[1, 3:] = 1, 1
     parameters = list(model.parameters())
     for segments in (None, segments):
-        batch = train.Batch(ids, targets, segments)
+        batch = Batch(ids, targets, segments)
         both_ways(lambda *_: train.cross_entropy(model, batch)[0], parameters, monkeypatch)
     wanted = torch.autograd.grad(model(ids).square().sum(), parameters)
     again = checkpoint(lambda ids: model(ids).square().sum(), ids, use_reentrant=False)

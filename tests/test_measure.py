@@ -1,6 +1,5 @@
 """The ruler: quality against float64 brute force, turns against a clock of our own, and the command that reports both."""
 import json, math, re, sys
-from pathlib import Path
 
 import numpy as np
 import pytest

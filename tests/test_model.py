@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data import UserError
-from model import FAMILIES, Config, KVCache, Transformer, kernels, load, save, whole
+from model import FAMILIES, Config, KVCache, Transformer, kernels, load, save
 
 TINY = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64)

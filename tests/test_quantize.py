@@ -294,7 +294,7 @@ def test_qat(root, tmp_path, name, step, monkeypatch, capsys):
     monkeypatch.setattr(compress.train, "fit", fit)
     run(root / name, step, "--qat-steps", 30, "--lr", "1e-3", "--out", tmp_path / "q")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "q"]
-    dense, saved, model = load(root / name), load(kept["best"]), load(tmp_path / "q")
+    saved, model = load(kept["best"]), load(tmp_path / "q")
     assert not saved.compression and saved.parameters_count() == model.parameters_count()
     for entry in model.compression:                               # the saved dense weights, rounded: nothing else
         spec = {k: v for k, v in entry.items() if k not in ("module", "kind")}

@@ -210,7 +210,6 @@ def test_ids_and_text_are_those_of_transformers(family, directory, corpus, tmp_p
         assert ours.decode(ids) == auto.decode(ids), repr(text)
         if backend == "tiktoken" and family != "qwen2":  # Qwen's is NFC
             assert ours.decode_bytes(ids) == text.encode("utf-8") and ours.decode(ours.encode(text)) == text
-    assert ours.encode_batch(TEXTS) == [ours.encode(t) for t in TEXTS]
     assert len(ours.token_bytes()) == ours.vocab_size == len(auto)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import train
 from data import UserError
-from data.loader import IGNORE, LEARNED, Windows
+from data.loader import IGNORE, LEARNED, Batch, Windows
 from data.prepare import prepare
 from model import Config, Transformer, load, whole
 
@@ -83,7 +83,7 @@ def test_loss_starts_at_ln_v_and_one_batch_can_be_learned_by_heart():
     model = Transformer(Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                                num_key_value_heads=2, head_dim=16)).initialize()
     ids = torch.randint(64, (4, 17))
-    batch = train.Batch(ids[:, :-1], ids[:, 1:], None)
+    batch = Batch(ids[:, :-1], ids[:, 1:], None)
     optimizers = train.make_optimizers(model, train.cross_entropy, train.TrainConfig(lr=0.01))
     for step in range(120):
         loss, count, _ = train.cross_entropy(model, batch)
@@ -342,7 +342,7 @@ def test_a_time_budget_becomes_steps_again_when_the_machine_was_busy_at_first(ca
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(data, tmp_path):
     go(data, tmp_path / "run", "--steps", 4)
-    with pytest.raises(UserError, match="not finite at step .*last good checkpoint"):
+    with pytest.raises(UserError, match="not finite after step .*last good checkpoint"):
         train.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "300", "--lr", "1e30", "--matrix-lr", "1e30"])
     assert all(p.isfinite().all() for p in load(tmp_path / "run" / "last").parameters())
 
