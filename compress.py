@@ -101,8 +101,7 @@ def calibration_data(model, tokenizer, args):
         return known if same else in_ids_of(tokenizer, known, Path(args.run) / "data")
     if Path(args.calibration).is_file():
         return Path(args.calibration)
-    with renamed_flag("--data", "--calibration"):
-        directory = find(args.calibration, args.smoke)
+    directory = find(args.calibration, args.smoke, "--calibration")
     if directory is None:
         raise UserError(f"--calibration {args.calibration} is not prepared yet: python data/prepare.py "
                         f"{args.calibration}, or name a text file")
@@ -112,15 +111,6 @@ def calibration_data(model, tokenizer, args):
         raise UserError(f"--calibration {args.calibration} was prepared with another tokenizer than the model's: "
                         f"prepare it with data/prepare.py --tokenizer {args.model}, or name a text file")
     return directory
-
-
-@contextlib.contextmanager
-def renamed_flag(theirs, ours):
-    """Errors of a function that speaks of another command's flag name ours."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace(theirs, ours)) from None
 
 
 def calibration(model, tokenizer, args):

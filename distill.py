@@ -427,8 +427,9 @@ def on_policy_rows(batch, first, student, tokenizer, cfg, machine):
 
 def shaped(config, layers, **sizes):
     """A teacher's config with some of its layers, and other sizes."""
-    types = config.layer_types and [config.layer_types[i] for i in layers]
-    return dataclasses.replace(config, num_hidden_layers=len(layers), layer_types=types, **sizes,
+    types = config.layer_types or config.hub.get("layer_types")     # transformers names them where none slides, too
+    types = types and [types[i] for i in layers]
+    return dataclasses.replace(config, num_hidden_layers=len(layers), layer_types=config.layer_types and types, **sizes,
                                hub={**config.hub, **({"layer_types": types} if types else {})})
 
 

@@ -269,7 +269,6 @@ class LowRankLinear(nn.Module):
     their own, which may be quantized in turn."""
     def __init__(self, down, up):
         super().__init__()
-        self.in_features, self.out_features = down.in_features, up.out_features
         self.down, self.up = down, up
 
     @classmethod
@@ -307,12 +306,6 @@ class QuantEmbedding(nn.Module):
 
     def forward(self, ids):
         return self.table.rows(ids)
-
-    def dense(self):
-        return self.table.dense()
-
-    def integers(self):
-        return self.table.integers()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

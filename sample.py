@@ -69,7 +69,8 @@ def figures(nats, tokens, n_bytes):
 # Generate
 
 def next_token(logits, seen, generator=None, temperature=1.0, repetition_penalty=1.0, **sampling):
-    """Draws one id per row, (B, 1), from logits (B, V); `seen` and `sampling` as in next_probs."""
+    """Draws one id per row, (B, 1), from logits (B, V); `seen` and `sampling` as in next_probs; temperature 0
+    takes the likeliest."""
     if temperature < 1e-5:
         return penalized(logits.float(), seen, repetition_penalty).argmax(-1, keepdim=True)
     probs = next_probs(logits, seen, temperature, repetition_penalty=repetition_penalty, **sampling)
@@ -87,12 +88,10 @@ def penalized(logits, seen, penalty):
 def next_probs(logits, seen, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
     """Probabilities (B, V) of the next id; `seen` (B, n) are the ids so far, for the repetition penalty.
 
-    temperature 0 takes the likeliest. top_k keeps the k likeliest ids, top_p the likeliest that together reach p
+    top_k keeps the k likeliest ids, top_p the likeliest that together reach p
     (Holtzman et al., 2019), min_p those at least min_p times as likely as the first (Nguyen et al., 2024).
     """
     logits = penalized(logits.float(), seen, repetition_penalty)
-    if temperature < 1e-5:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -366,13 +365,12 @@ def pieces(tokenizer, ids, stop=()):
 
 
 def speak(tokenizer, ids, said=None):
-    """Prints the text of a stream of ids as it comes, up to the end token; returns it. said: a list for the pieces."""
-    said = [] if said is None else said
+    """Prints the text of a stream of ids as it comes, up to the end token. said: a list for the pieces."""
     for text in pieces(tokenizer, ids, tokenizer.eos_ids):
         print(text, end="", flush=True)
-        said.append(text)
+        if said is not None:
+            said.append(text)
     print()
-    return "".join(said)
 
 
 def continuations(model, tokenizer, prompt, samples=1, seed=None, write=generate, **options):
@@ -539,12 +537,12 @@ def memory_peak(device):
         return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), None)
 
 
-def peak_alone(directory, model, prompt_tokens=256, new_tokens=64, batch_size=1):
+def peak_alone(directory, model, prompt_tokens=256, new_tokens=64):
     """(peak bytes, of which were there before the model was loaded) of a fresh process that loads a directory as
     `model` was, device and dtype, and generates once: in one process the models would share one high-water mark.
     (None, None) if that failed or cannot be known."""
     settings = (str(Path(directory).resolve()), str(next(model.parameters()).device), str(model.dtype)[6:],
-                torch.get_num_threads(), prompt_tokens, new_tokens, batch_size)
+                torch.get_num_threads(), prompt_tokens, new_tokens)
     code = f"import sample; print(sample.generate_alone(*{settings!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent, capture_output=True,
                           text=True, encoding="utf-8")
@@ -555,13 +553,13 @@ def peak_alone(directory, model, prompt_tokens=256, new_tokens=64, batch_size=1)
         return None, None
 
 
-def generate_alone(directory, device, dtype, threads, prompt_tokens, new_tokens, batch_size):
+def generate_alone(directory, device, dtype, threads, prompt_tokens, new_tokens):
     """In the process that peak_alone starts: JSON of [bytes before, bytes at the most]."""
     torch.set_num_threads(threads)
     device = torch.device(device)
     before = memory_peak(device)
     model = load(directory, device, getattr(torch, dtype))
-    one_turn(functools.partial(generate, model), random_ids(model, batch_size, prompt_tokens), new_tokens,
+    one_turn(functools.partial(generate, model), random_ids(model, 1, prompt_tokens), new_tokens,
              time.perf_counter)
     return json.dumps([before, memory_peak(device)])
 
@@ -575,7 +573,7 @@ def how_quantized_layers_run(model):
 
 
 def measure(models, batches, token_bytes, directories=None, other_text=None, prompt_tokens=256, new_tokens=64,
-            batch_size=1, rounds=5):
+            rounds=5):
     """The rows of every table of this project: one dict a model, size, quality and speed of the same loaded object.
 
     models        {name: model}, on their device; the first is the baseline the others are compared with
@@ -596,7 +594,7 @@ def measure(models, batches, token_bytes, directories=None, other_text=None, pro
     training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
-    speeds, rows = speed(models, prompt_tokens, new_tokens, batch_size, rounds), []
+    speeds, rows = speed(models, prompt_tokens, new_tokens, rounds=rounds), []
     quality = compare({n: m for n, m in models.items() if n not in other_text}, batches, token_bytes)
     for name, (its_batches, its_bytes) in other_text.items():
         alone = compare({name: models[name]}, its_batches, its_bytes)[name]
@@ -604,7 +602,7 @@ def measure(models, batches, token_bytes, directories=None, other_text=None, pro
     for name, model in models.items():
         parameters, resident, where = model.parameters_count(), model.resident_bytes(), directories.get(name)
         files = whole(where).glob("*.safetensors") if where else ()
-        peak, empty = peak_alone(where, model, prompt_tokens, new_tokens, batch_size) if where else (None, None)
+        peak, empty = peak_alone(where, model, prompt_tokens, new_tokens) if where else (None, None)
         device = next(model.parameters()).device
         rows.append({"name": name, "parameters": parameters,
                      "file_bytes": sum(f.stat().st_size for f in files) or None, "resident_bytes": resident,
@@ -613,7 +611,7 @@ def measure(models, batches, token_bytes, directories=None, other_text=None, pro
                      "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                      "dtype": str(model.dtype)[6:], "threads": torch.get_num_threads(),
                      "quantized_layers": how_quantized_layers_run(model), "prompt_tokens": prompt_tokens,
-                     "new_tokens": new_tokens, "batch_size": batch_size, "rounds": rounds})
+                     "new_tokens": new_tokens, "batch_size": 1, "rounds": rounds})
         model.train(training[name])
     return rows
 
@@ -831,12 +829,17 @@ def evaluate_command(args):
     from data import heldout                                     # here: to run a model needs no data
     from data.prepare import find
     directories, text, is_file = named(args.model, "--eval"), None, args.eval.endswith(".jsonl")
+    if args.out and Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a directory: give the name of a file")
     if args.out and Path(args.out).exists() and not args.overwrite:
         raise UserError(f"--out {args.out} is there already: give another name or --overwrite")
     if args.data and not is_file:
         raise UserError(f"--eval {args.eval} is prepared data, with its own training text: leave out --data")
-    directory = find(args.data or args.eval, args.smoke) if args.data or not is_file else None
-    lines = heldout.read(args.eval if is_file else (directory or Path(args.eval)) / "val.jsonl")
+    flag, wanted = ("--data", args.data) if args.data else ("--eval", args.eval)
+    directory = find(wanted, args.smoke, flag) if args.data or not is_file else None
+    if directory is None and (args.data or not is_file):
+        raise UserError(f"{flag} {wanted} is not prepared yet: python data/prepare.py {wanted}")
+    lines = heldout.read(args.eval if is_file else directory / "val.jsonl")
     lines = lines[:8 if args.smoke else None]
     groups = {"all": list(range(len(lines)))}
     if directory:
@@ -873,7 +876,7 @@ def evaluate_command(args):
             for name, rows in results.items():
                 for i, (line, row) in enumerate(zip(lines, rows)):
                     more = {"overlap": round(shares[i], 4)} if text else {}
-                    file.write(json.dumps({"model": name, **line.fields, **more, **row}) + "\n")
+                    file.write(json.dumps({**line.fields, "model": name, **more, **row}) + "\n")
         print(f"wrote {args.out}")
 
 
@@ -931,9 +934,9 @@ def arguments(argv):
                         "one")
     if args.seed is not None and not 0 <= args.seed < 2 ** 63:
         raise UserError(f"--seed is {args.seed}; it must be at least 0 and below 2^63")
-    together = next((flag for flag in ("draft", "self_draft", "lookup", "escalate") if getattr(args, flag)), None)
-    if together and args.samples > 1:
-        raise UserError(f"--{together.replace('_', '-')} is for one continuation: leave out --samples")
+    one = next((flag for flag in ("draft", "self_draft", "lookup", "escalate", "chat") if getattr(args, flag)), None)
+    if one and args.samples > 1:
+        raise UserError(f"--{one.replace('_', '-')} is for one continuation: leave out --samples")
     if not args.escalate and (args.margin != "20%" or args.calibrate):
         raise UserError(f"--{'calibrate' if args.calibrate else 'margin'} says when a larger model helps: it needs "
                         "--escalate BIG_DIR")
@@ -1126,9 +1129,8 @@ def handover(args, model, tokenizer):
                         + way_out)
     if args.share:
         sure = torch.cat([leads(model, batch) for batch in held_out(args, model, tokenizer)])
-        print(f"margin {margin_for(args.margin, sure):.3f}: it hands over {args.margin:.0%} of held-out text",
-              file=sys.stderr)
-        args.margin = margin_for(args.margin, sure)
+        share, args.margin = args.margin, margin_for(args.margin, sure)
+        print(f"margin {args.margin:.3f}: it hands over {share:.0%} of held-out text", file=sys.stderr)
     write = functools.partial(cascade, big=big if same else None, margin=args.margin, counts=counts)
 
     def judge():

@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Calls main() as a command: mistakes end in one sentence and exit code 2, bugs keep their traceback."""
-    for stream in (sys.stdout, sys.stderr):                  # a Windows console or a pipe may not be utf-8
+    for stream in (sys.stdin, sys.stdout, sys.stderr):       # a Windows console or a pipe may not be utf-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     code, message = 2, None

@@ -58,8 +58,8 @@ NO_HASHES = np.full(BANDS * ROWS, NO_HASH, np.uint32)
 ROW = np.dtype([("size", "<i8"), ("digest", "u1", 16), ("signature", "<u4", BANDS * ROWS), ("usable", "?")])  # on disk
 
 
-def find(name_or_dir, smoke=False):
-    """The prepared directory that --data NAME_OR_DIR means; None for one that can be prepared without a network.
+def find(name_or_dir, smoke=False, flag="--data"):
+    """The prepared directory that a flag names; None for one that can be prepared without a network.
 
     smoke=True prefers NAME-smoke where there is one. Raises UserError, with the nearest name, if there is neither.
     """
@@ -71,12 +71,12 @@ def find(name_or_dir, smoke=False):
     if str(name_or_dir) in corpora.KNOWN:
         return None
     if str(name_or_dir) in download.CORPORA:
-        raise UserError(f"--data {name_or_dir} is not here yet: python data/prepare.py {name_or_dir} downloads and "
+        raise UserError(f"{flag} {name_or_dir} is not here yet: python data/prepare.py {name_or_dir} downloads and "
                         "prepares it")
     if Path(name_or_dir).exists():
-        raise UserError(f"--data {name_or_dir} is not a prepared dataset (it has no meta.json): "
+        raise UserError(f"{flag} {name_or_dir} is not a prepared dataset (it has no meta.json): "
                         f"python data/prepare.py --input {name_or_dir} --name NAME makes one")
-    raise UserError(f"--data {name_or_dir}: no such dataset{nearest(str(name_or_dir))}; python data/prepare.py "
+    raise UserError(f"{flag} {name_or_dir}: no such dataset{nearest(str(name_or_dir))}; python data/prepare.py "
                     "--input PATH --name NAME makes one")
 
 

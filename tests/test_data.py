@@ -467,6 +467,13 @@ def test_mistakes_are_one_sentence(tmp_path):
     ]:
         with pytest.raises(UserError, match=re.escape(says)):
             prepare(**{"out": tmp_path / "out", **kwargs})
+    (tmp_path / "mixed").mkdir()
+    lines = write(tmp_path / "mixed" / "faq.jsonl", '{"prompt": "Why?", "response": "So."}\n' * 30)
+    write(lines.with_name("empty.txt"), "")
+    assert json.loads((prepare("x", [lines.parent], out=tmp_path / "out", tokenizer="bytes") / "meta.json").read_text())["kind"] == "examples"
+    write(lines.with_name("notes.txt"), "text\n" * 99)
+    with pytest.raises(UserError, match="faq.jsonl.* line 1 is a prompt .*two datasets|notes.txt is text"):
+        prepare("x", [lines.parent], out=tmp_path / "out", tokenizer="bytes", overwrite=True)
     with pytest.raises(UserError, match="did you mean 'stdlib'"):
         find("stdlip")
     with pytest.raises(UserError, match="not a prepared dataset"):

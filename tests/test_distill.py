@@ -459,6 +459,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(teacher, data, tmp_pat
 
 
 def test_more_bad_input(teacher, data, cached, tmp_path, capsys):
+    with pytest.raises(UserError, match="begun by another script"):
+        train.main(["--out", str(cached), "--resume"])
     with pytest.raises(UserError, match="which teacher"):
         distill.main(["--out", str(tmp_path / "x")])
     with pytest.raises(UserError, match="--loss is reverse, but the run"):

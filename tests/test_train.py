@@ -278,7 +278,7 @@ def refused(*flags, match):
         train.main(list(map(str, flags)))
 
 
-def test_bad_input(data, whole_run, examples, tmp_path):
+def test_bad_input(data, whole_run, examples, tmp_path, monkeypatch):
     d = ["--data", data, "--out", tmp_path / "x", "--steps", 2]
     refused(*d, "--widht", 32, match="did you mean --width")
     refused(*d, "--width", "wide", match="--width")
@@ -300,7 +300,10 @@ def test_bad_input(data, whole_run, examples, tmp_path):
     refused("--data", data, "--out", whole_run, "--overwrite", "--init-from", whole_run, match="would replace")
     refused("--out", whole_run, "--resume", "--optimizer", "adamw", match="--optimizer is adamw, but the run")
     refused("--out", whole_run, "--resume", "--minutes", 3, match="give --steps")
-    assert load(whole_run).history                                                   # it is all still there
+    refused("--out", whole_run, "--resume", "--preset", "hour", match="--preset is hour, but the run")
+    monkeypatch.setitem(sys.modules, "wandb", None)                                  # as if it were not installed
+    refused("--data", data, "--out", whole_run, "--overwrite", "--wandb", "project", match="install wandb")
+    assert load(whole_run).history and train.read_log(whole_run / "log.jsonl")      # it is all still there
     other = Path(shutil.copytree(whole_run, tmp_path / "other"))
     t = json.loads((other / "best" / "tokenizer.json").read_text(encoding="utf-8"))
     t["model"]["vocab"]["zz"] = t["model"]["vocab"].pop("z")
@@ -327,8 +330,9 @@ def test_a_finished_run_resumes_to_itself_and_further(data, whole_run, tmp_path,
     run = shutil.copytree(whole_run, tmp_path / "run")
     train.main(["--out", str(run), "--resume"])
     assert "at step 12 of 12 already" in capsys.readouterr().out and equal(state(run), state(whole_run))
-    train.main(["--out", str(run), "--resume", "--steps", "15"])
+    train.main(["--out", str(run), "--resume", "--steps", "15", "--weight-decay", "0.25"])
     assert "of a run of 15 steps" in capsys.readouterr().out and train.read_state(run)["step"] == 15
+    assert 0.25 in [group["weight_decay"] for o in train.read_state(run)["optimizers"] for group in o["param_groups"]]
     assert steps(run)[:12] == steps(whole_run)[:12] and len(load(run / "last").history) == 1
 
 
