@@ -86,9 +86,10 @@ class TrainConfig:
 SHAPE = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "tie")      # what only a new model leaves open
 # Where --init-from starts, small steps of all weights keep what was learned.
 FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, beta1=0.9, decay=1.0)
-# More time wants more parameters, and more text than `stdlib` has. `gpu` was never run: it is what others use there.
+# More time wants more parameters, but not many: tests/bench_train.py scale says how many. `gpu` was never run: it is
+# what others use there, and it wants far more text than `stdlib` has.
 PRESETS = {
-    "hour": dict(minutes=60.0, layers=6, width=192, vocab_size=8192, context=512, batch_size=4, evals=10),
+    "hour": dict(minutes=60.0, width=128, context=512, evals=10),
     "gpu": dict(minutes=60.0, layers=12, width=768, heads=12, vocab_size=32768, context=1024, batch_size=64, evals=10,
                 lr=0.004, warmup=100, compile=True)}
 SMOKE = dict(steps=6, layers=2, width=32, heads=2, context=64, batch_size=4, evals=2, eval_tokens=2048, warmup=2)

@@ -468,7 +468,7 @@ def test_mistakes_are_one_sentence(tmp_path):
         with pytest.raises(UserError, match=re.escape(says)):
             prepare(**{"out": tmp_path / "out", **kwargs})
     (tmp_path / "mixed").mkdir()
-    lines = write(tmp_path / "mixed" / "faq.jsonl", '{"prompt": "Why?", "response": "So."}\n' * 30)
+    lines = write(tmp_path / "mixed" / "faq.jsonl", ''.join(f'{{"prompt": "Why {i}?", "response": "So {i}."}}\n' for i in range(30)))
     write(lines.with_name("empty.txt"), "")
     assert json.loads((prepare("x", [lines.parent], out=tmp_path / "out", tokenizer="bytes") / "meta.json").read_text())["kind"] == "examples"
     write(lines.with_name("notes.txt"), "text\n" * 99)
