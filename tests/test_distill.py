@@ -1,5 +1,5 @@
 """Distillation: losses against float64, the sampled cache's expectation, masks, accumulation, processes, resume, bad input."""
-import json, random, shutil, signal, subprocess, sys
+import dataclasses, json, random, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -354,6 +354,13 @@ def test_the_report_says_what_was_measured(cached, teacher):
     assert text.count("|\n") == 5 and "its cost" in text and (cached / "report.png").stat().st_size > 5000
     entry = load(cached).history[-1]
     assert entry["step"] == "distill" and entry["teacher"]["name"] == "teacher" and load(cached / "control").history[-1]["step"] == "control"
+
+
+def test_fewer_layers_of_a_hub_model_name_as_many_types():
+    """transformers writes them for models whose attention slides nowhere, too, and refuses another number of them."""
+    config = dataclasses.replace(tiny(0, layers=4).config, hub={"layer_types": ["full_attention"] * 4})
+    fewer = distill.shaped(config, [0, 3])
+    assert fewer.hub["layer_types"] == ["full_attention"] * 2 and fewer.layer_types is None
 
 
 def test_a_time_budget_is_shared_with_a_control(teacher, data, tmp_path):
