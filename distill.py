@@ -12,7 +12,7 @@
 OUT is the student's run as train.py keeps one, OUT/control that of the control: the same student trained by
 cross-entropy alone for the same time, the teacher's included. report.md, .json and .png compare them with the teacher.
 """
-import collections, copy, dataclasses, itertools, json, math, shutil, time
+import collections, copy, dataclasses, itertools, json, math, time
 from pathlib import Path
 
 import numpy as np
@@ -719,9 +719,8 @@ def main(argv=None):
         entry["step_ms"] = [round(1000 * slow, 1), round(1000 * fast, 1)]
         train.say(machine, f"{cfg.steps:,} steps of {1000 * slow:.0f} ms; as long, the cache included, takes the "
                   f"control: {cfg.control_steps:,} of {1000 * fast:.0f} ms")
-    if cfg.overwrite and not cfg.resume and machine.rank == 0:               # last, when nothing else can go wrong
-        for name, end in itertools.product(("best", "last"), ("", ".new", ".old")):       # fit does so with its own
-            shutil.rmtree(out / "control" / (name + end), ignore_errors=True)
+    if cfg.overwrite and not cfg.resume and machine.rank == 0:               # fit does so with the student's
+        train.remove(out / "control")
     train.fit(student, batches, loss_fn, cfg, machine, entry=entry, **common)
     if cfg.control:
         begun = any((out / "control" / ("last" + end) / "config.json").is_file() for end in ("", ".new", ".old"))

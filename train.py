@@ -564,8 +564,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         forward = nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
     log = Log(out / "log.jsonl", step, machine, cfg)
     if cfg.overwrite and not cfg.resume and machine.rank == 0:               # last, when nothing else can go wrong
-        for d in itertools.product(("best", "last"), ("", ".new", ".old")):
-            shutil.rmtree(out / "".join(d), ignore_errors=True)
+        remove(out)
     wanted = Interrupt()
 
     def state_of():
@@ -694,6 +693,12 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     log.close()
     wanted.restore()
     return figures
+
+
+def remove(out):
+    """Deletes the models of the run in OUT."""
+    for d in itertools.product(("best", "last"), ("", ".new", ".old")):
+        shutil.rmtree(out / "".join(d), ignore_errors=True)
 
 
 def plan(step, total, seconds, step_seconds, eval_cost, cfg, machine):
