@@ -852,13 +852,15 @@ def fine_tune(model, tokenizer, step, said, args, loss_of, steps, finished=lambd
     machine = train.set_up(cfg)
     for p in student.parameters():
         p.data = p.data.float().clone()                          # not the mapped file
-    student, score = student.to(machine.device), train.evaluator(val, cfg, machine, tokenizer)
+    student, loss_fn = student.to(machine.device), loss_of(cfg, machine.device)
+    batches = lambda first, count: windows.training_rows(cfg.seed, first, count)
+    machine = train.tuned(machine, cfg, student, batches, loss_fn)
+    score = train.evaluator(val, cfg, machine, tokenizer)
     if not cfg.resume:
         print(f"{step.name}: {score(finished(student))['bits_per_byte']:.4f} bits per byte of validation without "
               "training", flush=True)
-    train.fit(student, lambda first, count: windows.training_rows(cfg.seed, first, count),
-              loss_of(cfg, machine.device), cfg, machine, evaluate=lambda student: score(finished(student)),
-              tokenizer=tokenizer, entry=said, after_step=after_step)
+    train.fit(student, batches, loss_fn, cfg, machine, evaluate=lambda student: score(finished(student)),
+              tokenizer=tokenizer, entry=said, reading=windows.per_epoch * context, after_step=after_step)
     trained = load(run_dir / "best")
     for p in trained.parameters():
         p.data = p.data.clone()                                  # the file is about to be removed

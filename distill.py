@@ -528,19 +528,11 @@ def write_samples(cfg, teacher, its_tokenizer, windows, tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # The proof
 
-def step_seconds(model, batches, loss_fn, cfg, machine, tokenizer):
-    """Median seconds of a step of train.fit, run as if this process were not the first: it says and writes nothing.
-    Model and loss are then what they were before."""
-    kept = [copy.deepcopy(m.state_dict()) for m in (model, loss_fn) if isinstance(m, nn.Module)]
-    history, stamps, share = model.history, [], cfg.batch_size // machine.size
-    quick = dataclasses.replace(cfg, steps=14, evals=1, resume=False, compile=False, wandb="", batch_size=share)
-    train.fit(model, lambda *rows: stamps.append(time.perf_counter()) or batches(*rows), loss_fn, quick,
-              machine._replace(rank=1, size=1), tokenizer=tokenizer, entry={}, evaluate=lambda m: dict.fromkeys(
-                  ("loss", "perplexity", "bits_per_byte"), 0.0))
-    for m, state in zip((model, loss_fn), kept):
-        m.load_state_dict(state)
-    model.history = history
-    return float(np.median(np.diff(stamps[::-(-share // (cfg.micro_batch or share))])[3:]))
+def step_seconds(model, batches, loss_fn, cfg, machine):
+    """Median seconds of a step of train.fit. Model and loss are then what they were before."""
+    alone = dataclasses.replace(cfg, batch_size=cfg.batch_size // machine.size)
+    machines = {"": machine._replace(rank=0, size=1)}
+    return float(np.median(train.timed_steps(model, batches, loss_fn, alone, machines, seconds=0, rounds=4)[""]))
 
 
 COLUMNS = (("parameters", "parameters", "{:,}"), ("bits per byte", "bits_per_byte", "{:.4f}"),
@@ -683,10 +675,8 @@ def main(argv=None):
     if ours > its:
         train.say(machine, f"warning: the student ({ours:,} parameters) is larger than its teacher ({its:,})")
     eval_tokens = min(max(cfg.eval_tokens, cfg.context) if cfg.eval_tokens else math.inf, len(val.tokens))
-    common = dict(evaluate=train.evaluator(val, cfg, machine, tokenizer), tokenizer=tokenizer,
-                  eval_cost=eval_tokens / cfg.batch_size / cfg.context / 3)
     plain = batches = lambda first, count: windows.training_rows(cfg.seed, first, count)
-    seconds = lambda *what: step_seconds(student, *what, cfg, machine, tokenizer)
+    seconds = lambda *what: step_seconds(student, *what, cfg, machine)
     cached = 0.0
     if cfg.from_samples:
         if machine.rank == 0 and not cfg.resume:
@@ -696,6 +686,10 @@ def main(argv=None):
     else:
         loss_fn = Exits(exits, tokenizer.vocab_size, cfg) if exits else \
             Distillation(teacher, student, layers, tokenizer.vocab_size, cfg).to(machine.device)
+    # With a cache the teacher has no part in a step.
+    machine = train.tuned(machine, cfg, student, plain, train.cross_entropy if cfg.cache else loss_fn)
+    common = dict(evaluate=train.evaluator(val, cfg, machine, tokenizer), tokenizer=tokenizer,
+                  eval_cost=eval_tokens / cfg.batch_size / cfg.context / 3, reading=windows.per_epoch * cfg.context)
     if cfg.cache:
         cache, pool = open_cache(cfg, teacher, its_hash, windows, tokenizer, machine,
                                  lambda: seconds(plain, train.cross_entropy))

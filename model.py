@@ -25,6 +25,7 @@ from data import UserError, replacing, sync, write_json
 
 FORMAT = 1                                  # of what we add to config.json; a newer one is refused by name
 COMPRESSED = "slm-compressed"               # model_type of a directory with layers that only this code knows
+SAMPLING = dict(do_sample=True, temperature=0.8, top_p=0.95)          # sample.py's own defaults
 NOT_FOR = """Text it writes may be wrong, biased, or copied from its training data. It is not for decisions about
 people, for medical, legal or financial advice, or for anything where a mistake does harm unless a person checks it."""
 
@@ -971,26 +972,32 @@ def multiply(library, layer, x):
     return y
 
 
+LAYER_TYPES = (nn.Linear, Int8Linear, Int4Linear, LowRankLinear)
+
+
 def c_blocks(body, cache):
-    """What run_body of KERNELS is called with for a Body and a KVCache, and the objects it points to: ((table of
-    blocks, sizes), kept); None if it does not have such blocks."""
+    """Arguments of run_body of KERNELS for a Body and a KVCache, and the objects whose memory they name:
+    ((table of blocks, sizes), kept). None if KERNELS have no such blocks."""
     c, first = body.config, cache.keys[0]
     parameters = list(body.parameters())
+    layers = [getattr(part, name) for block in body.layers for part, names in (
+        (block.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")),
+        (block.mlp, ("gate_proj", "up_proj", "down_proj"))) for name in names]
     leaves = [m for m in body.layers.modules() if isinstance(m, (nn.Linear, QuantLinear))]
-    if (c.layer_norm or c.learned_positions or not c.gated or c.hidden_act != "silu" or body.training
+    if (c.layer_norm or c.learned_positions or not c.gated or c.hidden_act != "silu"
+            or any(type(m) not in LAYER_TYPES for m in layers)             # a subclass computes what C does not know
             or any(t.dtype != torch.float32 or not t.is_contiguous() or t.device.type != "cpu"
                    for t in (first, *parameters))
             or any(m.in_features % 32 for m in leaves if isinstance(m, QuantLinear))):
         return None
     table, kept = [], [parameters, list(body.buffers())]
     for i, block in enumerate(body.layers):
-        a, mlp = block.self_attn, block.mlp
+        a = block.self_attn
         norms = [m.weight.data_ptr() if isinstance(m, RMSNorm) else 0
                  for m in (block.input_layernorm, a.q_norm, a.k_norm, block.post_attention_layernorm)]
-        layers = [c_layer(m) for m in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, mlp.gate_proj, mlp.up_proj,
-                                       mlp.down_proj)]
-        kept.append(layers)
-        table += [*norms, *map(ctypes.addressof, layers), cache.keys[i].data_ptr(), cache.values[i].data_ptr(),
+        structs = [c_layer(m) for m in layers[7 * i:7 * i + 7]]
+        kept.append(structs)
+        table += [*norms, *map(ctypes.addressof, structs), cache.keys[i].data_ptr(), cache.values[i].data_ptr(),
                   c.window(i)]
     widest = -(-max(n for m in leaves for n in (m.in_features, m.out_features)) // 32) * 32
     sizes = [len(body.layers), len(first), 0, 0, first.shape[2], c.hidden_size, c.num_attention_heads,
@@ -998,29 +1005,88 @@ def c_blocks(body, cache):
     return ((ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(sizes))(*sizes)), kept
 
 
-def run_in_c(body, x, cache):
-    """Whether KERNELS made of embedded tokens x (B, T, C), in place, the hidden states after all blocks and the norm,
-    behind what the cache holds. They do for a few tokens of a dense, low-rank or quantized model of the usual kind.
-    Layers that are replaced after the cache's first token are not seen, nor are hooks on them."""
-    B, T, _ = x.shape
-    if B * T >= 8 or torch.is_grad_enabled() or not in_c(x, body.norm.weight):
-        return False
-    if cache.in_c is None or cache.in_c[0] is not body:
-        cache.in_c = body, c_blocks(body, cache)
-    if cache.in_c[1] is None or B != len(cache.keys[0]) or cache.length + T > cache.keys[0].shape[2]:
-        return False
-    (table, sizes), _ = cache.in_c[1]
-    sizes[2:4] = T, cache.length
+def hooks_of(body):
+    """The dicts in which PyTorch keeps hooks on the forward passes of a Body's modules: empty where there are none."""
+    everywhere = nn.modules.module
+    return [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks,
+            *(hooks for m in body.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks))]
+
+
+def attach_c(body, cache, x, expected):
+    """Lets KERNELS take over after the first pass over a text, if they find what the model's own blocks found.
+
+    x         (B, 1, C) embedding of the last token read, for which the cache has keys and values already
+    expected  (B, 1, C) hidden states that the blocks of this file, changed or not, made of it
+
+    KERNELS read that token once more. Where they differ, or where a module has a hook, one sentence says so and PyTorch
+    goes on alone: a change of Attention, MLP or Block is heard in each token.
+    """
+    if torch.is_grad_enabled() or body.training or not in_c(x, body.norm.weight) or len(x) != len(cache.keys[0]):
+        return                                        # the next pass may ask again
+    cache.in_c = False
+    hooks, blocks, differs = hooks_of(body), c_blocks(body, cache), False
+    if blocks is not None and not any(hooks):
+        last = cache.length - 1
+        kept = [(t, t[:, :, last].clone()) for t in (*cache.keys, *cache.values)]
+        found = x.clone(memory_format=torch.contiguous_format)
+        run_blocks(body, blocks, found, last)
+        for t, values in kept:
+            t[:, :, last] = values
+        # Floats agree to 1e-6. An ulp may flip the rounding of an activation to 8 bits, and layers amplify that.
+        quantized = any(isinstance(m, QuantLinear) for m in body.layers.modules())
+        differs = not (found - expected).norm() <= (0.2 if quantized else 1e-3) * expected.norm()
+    if any(hooks) or differs:
+        why = "a hook is registered on it" if any(hooks) else "its blocks compute something else"
+        say_once(f"PyTorch generates, not the C kernels: they do not know this model ({why})")
+    elif blocks is not None:
+        cache.in_c = body, blocks, hooks
+
+
+@functools.cache
+def say_once(text):
+    print(text, file=sys.stderr)
+
+
+def run_blocks(body, blocks, x, start):
+    """Embedded tokens x (B, T, C) at positions from `start` on become, in place, the normalized hidden states."""
+    (table, sizes), _ = blocks
+    sizes[2:4] = x.shape[1], start
     if kernels()[0].run_body(table, sizes, body.frequencies.data_ptr(), body.rotary_scale, body.norm.weight.data_ptr(),
                              body.norm.eps, x.data_ptr()):
         raise MemoryError("no memory for the activations of a token")
+
+
+def run_in_c(body, x, cache):
+    """Runs all blocks and the final norm on x (B, T, C) in C, in place, behind what the cache holds. Returns False, with
+    nothing done, where C does not apply: attach_c has not allowed it, 8 rows or more, gradients, a hook.
+    Layers that are replaced in the middle of a text are not seen."""
+    B, T, _ = x.shape
+    if not cache.in_c or B * T >= 8 or torch.is_grad_enabled() or body.training or not in_c(x, None):
+        return False
+    its_body, blocks, hooks = cache.in_c
+    if its_body is not body or B != len(cache.keys[0]) or cache.length + T > cache.keys[0].shape[2] or any(hooks):
+        return False
+    run_blocks(body, blocks, x, cache.length)
     return True
 
 
 def in_c(x, parameter):
     """Whether KERNELS take x and a layer's parameter (or None): float32, on a CPU, and there are any."""
     return (x.device.type == "cpu" and x.dtype == torch.float32 and (parameter is None or parameter.dtype == x.dtype)
-            and not torch.compiler.is_compiling() and kernels()[0] is not None)
+            and not torch.compiler.is_compiling() and not torch.jit.is_tracing() and kernels()[0] is not None)
+
+
+def widened(x):
+    """x as float32 where autocast on a CPU has made it bfloat16: KERNELS, and sums of squares, are in float32."""
+    narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return x.float() if narrow else x
+
+
+def set_threads(count):
+    """Makes PyTorch and KERNELS compute with `count` threads."""
+    torch.set_num_threads(count)
+    if hasattr(library := kernels()[0], "omp_set_num_threads"):        # some builds of PyTorch bring an OpenMP of their own
+        library.omp_set_num_threads(count)
 
 
 def call(name, *args):
@@ -1100,9 +1166,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        x = widened(x)
         if in_c(x, self.weight):
             return NormInC.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def norm(config, size=None):
@@ -1124,7 +1191,7 @@ def rotate(x, cos, sin):
 
 def placed(x, norm, rotary):
     """Heads of q or k (B, T, heads, D), normalized by `norm` and turned, as (B, heads, T, D)."""
-    weight = getattr(norm, "weight", None)
+    x, weight = widened(x), getattr(norm, "weight", None)
     if rotary is not None and not isinstance(norm, nn.LayerNorm) and in_c(x, weight):
         return HeadsInC.apply(x, weight, getattr(norm, "eps", 0.0), *rotary)
     x = norm(x)
@@ -1171,7 +1238,7 @@ class MLP(nn.Module):
     def forward(self, x):
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)))
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = widened(self.gate_proj(x)), widened(self.up_proj(x))
         if self.act is F.silu and in_c(gate, None):
             return self.down_proj(SwiGLUInC.apply(gate, up))
         return self.down_proj(self.act(gate) * up)
@@ -1242,6 +1309,7 @@ class Body(nn.Module):
         if cache is not None and segments is None and hidden is None and run_in_c(self, x, cache):
             cache.length += T
             return x
+        first, embedded = cache is not None and cache.in_c is None, x[:, -1:]
         positions = torch.arange(start, start + T, device=ids.device)[None]
         if segments is not None:                      # packed examples: positions count from each one's first token
             new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)                     # (B, T)
@@ -1260,9 +1328,12 @@ class Body(nn.Module):
                 x = layer(x, rotary, masks[c.window(i)], cache)
         if hidden is not None:
             hidden.append(x)
+        x = self.norm(x)
         if cache is not None:
             cache.length += T
-        return self.norm(x)
+            if first and segments is None and hidden is None:
+                attach_c(self, cache, embedded, x[:, -1:])
+        return x
 
 
 class Transformer(nn.Module):
@@ -1331,6 +1402,7 @@ class Transformer(nn.Module):
         if not head:
             return x
         if (1 < x.shape[0] * x.shape[1] < 8 and type(self.lm_head) is nn.Linear and not torch.is_grad_enabled()
+                and not self.lm_head._forward_hooks and not self.lm_head._forward_pre_hooks
                 and in_c(x, self.lm_head.weight) and self.lm_head.weight.is_contiguous()):    # read once for all rows
             return multiply(kernels()[0], c_layer(self.lm_head), x)
         return self.lm_head(x)
@@ -1342,8 +1414,9 @@ class Transformer(nn.Module):
         An embedding that is the head too starts small instead."""
         embedding = 0.02 if self.config.tie_word_embeddings else 1.0
         for name, p in self.named_parameters():
-            if p.ndim == 1:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            if p.ndim < 2:                            # a vector of another name keeps what its module gave it
+                if name.endswith(("norm.weight", "bias")):
+                    p.fill_(0.0 if name.endswith("bias") else 1.0)
             elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
                 p.zero_()
             else:
@@ -1383,7 +1456,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.length = 0
-        self.in_c = None                              # the Body, and how KERNELS see its blocks and these buffers
+        self.in_c = None                              # after the first pass what attach_c decided: False, or how
 
     def update(self, layer, k, v):
         """Writes k, v (B, K, T, D) behind what is there (Body moves `length` on) and returns all keys and values."""
@@ -1470,12 +1543,17 @@ FAMILIES = {
 
 def config_from_hub(hub):
     """The Config of a parsed config.json. Raises UserError for a family or a setting this code does not have."""
+    switches = hub.get("switches") or {}              # what the family's format cannot say: see config_to_hub
+    unknown = sorted(switches.keys() - {f.name for f in dataclasses.fields(Config)})
+    if unknown:
+        raise UserError(f"config.json sets {', '.join(unknown)}, which Config in this model.py does not have: the model "
+                        "was written by a changed model.py, and only that one opens it")
     if hub.get("slm_format", FORMAT) > FORMAT:
         raise UserError(f"this model was written by a newer version (format {hub['slm_format']}, known: {FORMAT}); "
                         "update this code")
     if hub.get("model_type") == COMPRESSED:
         hub = {**hub, "model_type": hub.get("base_model_type")}
-    hub = {k: v for k, v in hub.items() if k not in ("base_model_type", "compression")}
+    hub = {k: v for k, v in hub.items() if k not in ("base_model_type", "compression", "switches")}
     name, supported = hub.get("model_type"), f"supported: {', '.join(FAMILIES)}"
     if "auto_map" in hub and name != "phi3":          # Phi-3's directories carry a copy of what transformers has
         raise UserError(f"the model brings its own code (auto_map in config.json), never run here; {supported}")
@@ -1494,17 +1572,28 @@ def config_from_hub(hub):
     usual = dict(num_key_value_heads=found["num_attention_heads"], intermediate_size=4 * found["hidden_size"],
                  head_dim=found["hidden_size"] // found["num_attention_heads"])
     fields = {k: found[k] for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act") if k in found}
-    return Config(**{**usual, **fields, **family.switches(found)}, model_type=name, rope=rope, hub=hub)
+    return Config(**{**usual, **fields, **family.switches(found), "model_type": name, "rope": rope, **switches}, hub=hub)
 
 
 def config_to_hub(config):
-    """config.json as a dict: what was read, with today's shapes."""
+    """config.json as a dict: what was read, with today's shapes. Fields of Config that would come back as another value,
+    as the family's format has no word for them, stand as they are under "switches"."""
+    hub = family_config(config)
+    read = config_from_hub(hub)
+    switches = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
+                if f.name != "hub" and getattr(config, f.name) != getattr(read, f.name)}
+    return {**hub, "switches": switches} if switches else hub
+
+
+def family_config(config):
+    """config.json as a dict, in the family's own words."""
     family = FAMILIES[config.model_type]
     skip = (*family.unnamed, *(["max_position_embeddings"] if config.rope["rope_type"] == "longrope" else []))
     fields = {family.renamed.get(k, k): getattr(config, k)
               for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act") if k not in skip}
     new = dict(rope_parameters=config.rope, rope_theta=config.rope["rope_theta"], attention_bias=False, use_cache=True)
-    kept = {k: v for k, v in config.hub.items() if k not in ("auto_map", "torch_dtype", "exits")} or new
+    kept = {k: v for k, v in config.hub.items() if k not in ("auto_map", "torch_dtype", "exits", "card", "sampling")}
+    kept = kept or new
     return {"architectures": [family.architecture], "model_type": config.model_type, **kept, **fields,
             "slm_format": FORMAT}
 
@@ -1642,6 +1731,7 @@ def load(path, device="cpu", dtype=None):
     model.load_state_dict(tensors, strict=False, assign=True)    # strict: see above
     model.tie_weights()
     model.history, model.exits = hub.get("history", []), hub.get("exits", [])
+    config.hub.update(card=front_matter(directory / "README.md"), sampling=sampling_settings(directory))
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -1653,22 +1743,30 @@ def save(model, directory, tokenizer=None, extra=None, state=None):
     """
     refuse_foreign(directory)
     config = config_to_hub(model.config)
+    try:
+        json.dumps(config)
+    except TypeError as error:
+        raise UserError(f"config.json cannot hold this model's Config ({error}): give its fields numbers, texts, lists or "
+                        "dicts") from None
     if tokenizer is not None:
         config.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
     config.update(history=model.history, dtype=str(model.dtype)[6:], **({"exits": model.exits} if model.exits else {}))
     tensors = {name: t.detach().to("cpu").contiguous() for name, t in (state or model.state_dict()).items()
                if not (model.config.tie_word_embeddings and name.startswith("lm_head."))}
-    if model.compression:                             # or transformers would fill the layers with random numbers
-        config.update(model_type=COMPRESSED, base_model_type=model.config.model_type, compression=model.compression)
+    if only_here(model):                              # or transformers would fill the layers with random numbers
+        config.update(model_type=COMPRESSED, base_model_type=model.config.model_type)
         del config["architectures"]
+    if model.compression:
+        config.update(compression=model.compression)
     else:
         tensors = to_theirs(tensors, FAMILIES[model.config.model_type])
     with replacing(directory, "config.json") as new, disk_full(new, sum(t.nbytes for t in tensors.values())):
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(new, model_max_length=model.config.max_position_embeddings)
-            write_json(new / "generation_config.json", {"do_sample": True, "eos_token_id": sorted(tokenizer.eos_ids),
-                                                        "pad_token_id": tokenizer.eos_id})
+            write_json(new / "generation_config.json", {
+                **(model.config.hub.get("sampling") or SAMPLING), "eos_token_id": sorted(tokenizer.eos_ids),
+                "pad_token_id": tokenizer.eos_id})
         (new / "README.md").write_text(card(model), encoding="utf-8")
         if extra is not None:
             extra(new)
@@ -1701,15 +1799,50 @@ def checkpoint_hash(path):
     return digest.hexdigest()[:16]
 
 
+def only_here(model):
+    """Whether only this project opens the model's directory: it has layers or switches that its family does not."""
+    return bool(model.compression) or "switches" in config_to_hub(model.config)
+
+
+def front_matter(card):
+    """Lines of a model card's front matter that say whose work a model is: they stay with all that is made of it."""
+    if not card.is_file():
+        return []
+    _, _, text = card.read_text(encoding="utf-8", errors="replace")[:2 ** 16].partition("---\n")
+    kept, keep = [], False
+    for line in text.partition("\n---")[0].splitlines():
+        if not line.startswith((" ", "-")):
+            keep = line.startswith(("license", "base_model:", "language:"))
+        kept += [line] * keep
+    return kept
+
+
+def sampling_settings(directory):
+    """How a model's makers sample from it, by generation_config.json; {} if they do not say."""
+    file = directory / "generation_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {name: settings[name] for name in names if name in settings}
+
+
 def card(model):
-    """The model card (README.md of a model directory): what it is, what made it, what it is not for."""
-    c = model.config
-    library = [] if model.compression else ["library_name: transformers"]
-    lines = ["---", *library, "pipeline_tag: text-generation", "---", "",
+    """The model card (README.md of a model directory): what it is, how it opens, what made it, what it is not for."""
+    c, ours = model.config, only_here(model)
+    library = [] if ours else ["library_name: transformers"]
+    lines = ["---", *c.hub.get("card", []), *library, "pipeline_tag: text-generation", "---", "",
              "# A small language model", "",
              f"{model.parameters_count():,} parameters: {c.num_hidden_layers} layers of width {c.hidden_size}, "
              f"{c.num_attention_heads} heads, {c.vocab_size:,} ids, a window of {c.max_position_embeddings} tokens.",
-             "", "## What made it", ""]
+             "", "## How to open it", "", "    python sample.py DIR                # DIR: this directory"]
+    if not ours:
+        lines += ["    AutoModelForCausalLM.from_pretrained(DIR)       # transformers"]
+    if model.compression:
+        lines += ["", "transformers does not know its layers. In a form for other programs:", "",
+                  "    python compress.py DIR dequantize --out DIR2           # dense: transformers opens it",
+                  "    python compress.py DIR gguf:q8_0 --out FILE.gguf       # llama.cpp; of int4 layers gguf:q4_0"]
+    elif ours:
+        lines += ["", f"Only the model.py that wrote it: {c.model_type} of transformers has not all of its switches."]
+    lines += ["", "## What made it", ""]
     for entry in model.history:
         shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
         lines.append("- " + "; ".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in shown.items()))

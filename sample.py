@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from data import Parser, UserError, replacing_file, run
 from data.tokenizer import Tokenizer
-from model import KVCache, QuantLinear, kernels, load, model_name, whole
+from model import KVCache, QuantLinear, kernels, load, model_name, set_threads, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,6 +382,76 @@ def continuations(model, tokenizer, prompt, samples=1, seed=None, write=generate
     batch = torch.tensor([ids], device=device).expand(samples, -1)
     return write(model, ids=batch, stop=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size, generator=generator,
                  **options)
+
+
+class Threads:
+    """The number of threads of a CPU with which steps, of training or a token each, are fastest now: while another program
+    holds a core, two threads that wait for each other are slower than one alone.
+
+    options  numbers to choose from, the largest first; a single one is never changed
+    A trial runs the next steps with each option in turn. There is one when steps take twice as long as before, and now
+    and then where fewer threads than the most are used.
+    """
+    STEPS, SECONDS, SLOW, AGAIN, MOST = 6, 0.03, 2.0, 60.0, 240.0    # of a trial; slower by; seconds between two trials
+
+    def __init__(self, options, count=0):
+        self.options, self.count = options, count if count in options else options[0]
+        self.usual, self.wait, self.recent = math.inf, self.AGAIN, collections.deque(maxlen=20)
+        self.trial, self.why, self.ended = None, "", time.perf_counter()
+
+    def use(self, count):
+        self.count = count
+        set_threads(count)
+
+    def start_trial(self, why=""):
+        """Begins one, unless there is nothing to choose. why: the beginning of the sentence at its end, or "": it ends
+        silently."""
+        if len(self.options) > 1:
+            self.why, self.before, self.trial = why, self.count, {n: [] for n in self.options}
+            self.use(self.options[0])
+
+    def note(self, seconds):
+        """Notes how long a step took, and says with how many threads the next is made. Returns a sentence, or ""."""
+        if self.trial is not None:
+            return self.tried(seconds)
+        self.recent.append(seconds)
+        if len(self.options) == 1 or len(self.recent) < self.recent.maxlen:
+            return ""
+        mean = statistics.fmean(self.recent)
+        self.usual = min(self.usual, mean)
+        if mean > self.SLOW * self.usual:
+            self.start_trial(f"{mean / self.usual:.1f} x slower than before, as if another program were busy")
+        elif self.count < self.options[0] and time.perf_counter() - self.ended > self.wait:
+            self.start_trial()
+        return ""
+
+    def tried(self, seconds):
+        """`note` during a trial; the first step with another number of threads is not counted."""
+        times = self.trial[self.count]
+        times.append(seconds)
+        if len(times) < self.STEPS or sum(times[1:]) < self.SECONDS:
+            return ""
+        rest = self.options[self.options.index(self.count) + 1:]
+        if rest:
+            self.use(rest[0])
+            return ""
+        means = {n: statistics.fmean(times[1:]) for n, times in self.trial.items()}
+        self.use(min(means, key=means.get))
+        self.wait = self.AGAIN if self.count != self.before else min(2 * self.wait, self.MOST)
+        self.usual, self.trial, self.ended = means[self.count], None, time.perf_counter()
+        self.recent.clear()
+        return f"{self.why}: {self.count} thread{'s' * (self.count > 1)} from now on" if self.why else ""
+
+    def following(self, stream):
+        """The items of an iterator, each a step."""
+        start = None
+        for item in stream:
+            if start is None:
+                self.start_trial()                               # the first item waits for the prompt to be read
+            else:
+                self.note(time.perf_counter() - start)
+            yield item
+            start = time.perf_counter()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@
 A run's directory holds two models, best/ (lowest validation loss) and last/ (with what --resume needs), log.jsonl (one
 line a step) and loss.png. fit() below is the only optimizer loop of this project; distill.py and compress.py call it.
 """
-import argparse, collections, contextlib, dataclasses, datetime, inspect, itertools, json, math, os, re, shutil, signal
-import statistics, sys, time
+import argparse, collections, contextlib, copy, dataclasses, datetime, inspect, itertools, json, lzma, math, os, re
+import shlex, shutil, signal, statistics, sys, time
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from data.loader import IGNORE, LEARNED, Windows
 from data.prepare import find, prepare
 from data.tokenizer import Tokenizer
 from model import (Config, QuantLinear, Transformer, call, checkpoint_hash, in_c, load, model_name, read_json,
-                   refuse_foreign, save, whole)
+                   refuse_foreign, save, set_threads, whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,6 +76,7 @@ class TrainConfig:
     # the machine
     device: str = "auto"            # auto, cuda, mps or cpu
     dtype: str = "auto"             # auto, float32, bfloat16 or float16 (of the products; weights stay float32)
+    threads: int = 0                # of a CPU; 0: the number with which steps are fastest, at the start and later
     compile: bool = False           # torch.compile: faster on a GPU, needs a C++ compiler and a minute or two
     checkpoint_activations: bool = False    # keep a block's input only and compute the rest again: for long contexts
     fsdp: bool = False              # under torchrun: each process keeps a share of weights and optimizer state
@@ -106,11 +107,13 @@ def parse(config_class, description, argv=None, positional=(), hidden=()):
     for f in dataclasses.fields(config_class):
         if f.name in hidden:
             continue
-        flag, help = "--" + f.name.replace("_", "-"), comments[f.name].replace("%", "%%") + f" (default: {f.default!r})"
+        flag, help = "--" + f.name.replace("_", "-"), comments.get(f.name, "").replace("%", "%%")
         if f.name in positional:
-            parser.add_argument(f.name, nargs="?", default=argparse.SUPPRESS, help=comments[f.name])
-        elif f.type in (bool, "bool"):
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=help)
+            parser.add_argument(f.name, nargs="?", default=argparse.SUPPRESS, help=help)
+            continue
+        help += f" (default: {f.default!r})"
+        if f.type in (bool, "bool"):                             # --no-compile switches off what --preset switches on
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
         else:
             parser.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, help=help)
     given = vars(parser.parse_args(argv))
@@ -134,10 +137,12 @@ def check(cfg):
     wrong += [f"--{name.replace('_', '-')} must be at least {least}" for least, names in (
         (1, ("layers", "width", "context", "batch_size", "evals", "newton_schulz")),
         (0, ("heads", "kv_heads", "head_dim", "ffn", "steps", "micro_batch", "warmup", "lr", "embed_lr", "matrix_lr",
-             "clip", "weight_decay", "seed", "eval_tokens", "save_seconds")))
+             "clip", "weight_decay", "seed", "eval_tokens", "save_seconds", "threads")))
         for name in names if not least <= getattr(cfg, name) < math.inf]
     wrong += [f"--{name} must be at least 0 and below 1" for name in ("dropout", "beta1", "beta2", "momentum")
               if not 0 <= getattr(cfg, name) < 1]
+    if cfg.threads > 1024:
+        wrong.append("--threads must be at most 1024")
     if not 0 <= cfg.decay <= 1:
         wrong.append("--decay must be between 0 and 1")
     if cfg.steps == 0 and not 0 < cfg.minutes < math.inf:
@@ -154,7 +159,7 @@ def check(cfg):
 # The machine
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Machine = collections.namedtuple("Machine", "device dtype rank size matmul_rate")
+Machine = collections.namedtuple("Machine", "device dtype rank size threads")       # threads: sample.Threads
 
 
 def matmul_rate(device, dtype, size, seconds=0.2):
@@ -169,13 +174,20 @@ def matmul_rate(device, dtype, size, seconds=0.2):
     return 2 * size ** 3 / statistics.median(times)
 
 
+def products_rate(machine):
+    """matmul_rate of a machine, by a product that is large enough not to time its launch alone."""
+    emulated = machine.device.type == "cpu" and machine.dtype != torch.float32           # there 1024 takes seconds
+    return matmul_rate(machine.device, machine.dtype, 4096 if machine.device.type == "cuda" else
+                       256 if emulated else 1024)
+
+
 def synchronize(device):
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
 def set_up(cfg):
-    """Joins the processes torchrun started, picks device and dtype, measures the matmul rate, and says so."""
+    """Joins the processes torchrun started and picks device and, of a GPU, number type; says so."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % size:
         fitting = ", ".join(str(n) for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0)
@@ -190,29 +202,64 @@ def set_up(cfg):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
                                 timeout=datetime.timedelta(hours=2))         # the first prepares data, the others wait
-    side, why = 4096 if device.type == "cuda" else 1024, "as asked"      # large enough not to time the launch alone
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    rate = matmul_rate(device, torch.float32, side)
-    dtype = DTYPES[cfg.dtype]
-    if dtype is None and device.type == "cuda":
+    dtype, why = DTYPES[cfg.dtype] or torch.float32, "as asked"
+    if cfg.dtype == "auto" and device.type == "cuda":
         # Not torch.cuda.is_bf16_supported(): it counts emulation, and Turing and Volta are slow at it.
         dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
         why = f"this GPU has {'' if dtype == torch.bfloat16 else 'no '}bfloat16 units"
-    elif dtype is None and device.type == "cpu":
-        ratio = matmul_rate(device, torch.bfloat16, 256) / matmul_rate(device, torch.float32, 256)
-        dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
-        why = f"bfloat16 multiplies at {ratio:.2f} x float32's rate here"
-    elif dtype is None:
-        dtype, why = torch.float32, "the safe choice on mps, which is experimental here"
-    dtype = from_first(dtype)                                                # timings differ
-    if dtype != torch.float32:
-        rate = matmul_rate(device, dtype, 256 if device.type == "cpu" else side)     # emulated, 1024 takes seconds
-    machine = Machine(device, dtype, rank, size, rate)
-    say(machine, f"device {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "") +
-        (f", {size} processes" if size > 1 else "") + f"; {str(dtype)[6:]} ({why}); "
-        f"products at {rate / 1e9:,.0f} GFLOP/s")
+    elif cfg.dtype == "auto":
+        why = "the safe choice on mps, which is experimental here"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    machine = Machine(device, from_first(dtype), rank, size, sample.Threads([torch.get_num_threads()]))
+    if device.type != "cpu":                                     # of a CPU: see `tuned`
+        say(machine, f"device {device}" + (f", {size} processes" if size > 1 else "") + f"; {str(dtype)[6:]} ({why})")
     return machine
+
+
+def tuned(machine, cfg, model, batches, loss_fn):
+    """The Machine with the number type and the number of threads with which a CPU makes steps of this model fastest:
+    real steps are timed, a few seconds in all, and the result is printed. What the flags or the run that goes on say
+    stays. Model and loss are afterwards what they were."""
+    if machine.device.type != "cpu":
+        return machine
+    forced = {name: os.environ.get("SLM_TEST_" + name.upper()) for name in ("dtype", "threads")}       # tests set them
+    most, kept = torch.get_num_threads(), read_state(cfg.out) if cfg.resume else {}
+    asked = cfg.threads or int(forced["threads"] or 0) or (most if machine.size > 1 else 0)
+    threads = sample.Threads([asked] if asked else halvings(most), asked or kept.get("threads", 0))
+    dtype = machine.dtype if cfg.dtype != "auto" else DTYPES[forced["dtype"] or kept.get("dtype") or "auto"]
+    share = cfg.batch_size // machine.size
+    cfg = dataclasses.replace(cfg, batch_size=max(1, min(share, 8192 // cfg.context)))
+    if dtype is not None and (asked or kept.get("threads")):
+        text = "as before" if kept else "as asked"
+    else:
+        dtypes = [dtype or torch.float32]
+        if dtype is None and matmul_rate(
+                machine.device, torch.bfloat16, 256) > matmul_rate(machine.device, torch.float32, 256):  # not emulated
+            dtypes.append(torch.bfloat16)
+        counts = [threads.count] if asked or kept.get("threads") else threads.options
+        machines = {(n, t): machine._replace(dtype=t, rank=0, size=1, threads=sample.Threads([n])) for n in counts for t in dtypes}
+        seconds = timed_steps(model, batches, loss_fn, cfg, machines, 0.3 if cfg.smoke else 2.5) if len(machines) > 1 else None
+        best, text = (counts[0], dtypes[0]), ""
+        if seconds:
+            rates = {option: cfg.batch_size * cfg.context / statistics.fmean(times) for option, times in seconds.items()}
+            best = max(rates, key=rates.get)
+            text = "; ".join(f"{n} thread{'s' * (n > 1)}: " + ", ".join(
+                f"{str(t)[6:]} {rates[n, t]:,.0f} tokens/s" for t in dtypes) for n in counts)
+            text = f"steps were timed: {text}"
+        elif len(machines) > 1:
+            text = "a step takes too long to time several"
+        threads.count, dtype = from_first(best)
+    threads.use(threads.count)
+    machine = machine._replace(dtype=dtype, threads=threads)
+    say(machine, f"device cpu, {threads.count} thread{'s' * (threads.count > 1)}" +
+        (f", {machine.size} processes" if machine.size > 1 else "") + f"; {str(dtype)[6:]}" + f" ({text})" * bool(text))
+    return machine
+
+
+def halvings(n):
+    """n, n / 2, n / 4, ... 1."""
+    return [n >> i for i in range(n.bit_length())]
 
 
 def say(machine, text):
@@ -480,13 +527,20 @@ def make_optimizers(model, loss_fn, cfg):
     return optimizers
 
 
-def lr_at(step, total, cfg):
-    """The share of the peak learning rate at a step of a run of `total` steps."""
+def lr_at(step, total, cfg, origin=(0, 0.0)):
+    """The share of the peak learning rate at a step of a run of `total` steps; origin as in share_done."""
     warm = min(1.0, (step + 1) / (cfg.warmup + 1))
-    left = 1.0 - step / total
+    left = 1.0 - share_done(step, total, origin)
     if cfg.schedule == "cosine":
         return min(warm, 0.5 * (1 + math.cos(math.pi * (1 - left))))
     return min(warm, left / cfg.decay if cfg.decay > 0 else 1.0)                # wsd
+
+
+def share_done(step, total, origin=(0, 0.0)):
+    """The share of a run's schedule that is behind `step` steps of `total`. origin: (step, share) at which the total was
+    last changed while the learning rate was falling: it falls on from there, faster or more slowly."""
+    begun, share = origin
+    return share + (1 - share) * (step - begun) / (total - begun)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -505,7 +559,74 @@ class ModelAndLoss(nn.Module):
         return self.loss_fn(self.model, batch)
 
 
-def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, eval_cost=0.0, after_step=None):
+def train_step(step, forward, batches, optimizers, scaler, cfg, machine):
+    """One step: (loss summed over supervised tokens, their number, norm of the gradient, sums of the loss's metrics).
+
+    forward: a ModelAndLoss, or one that DistributedDataParallel wraps. Where loss or norm are not finite, the weights
+    stay what they were.
+    """
+    share = cfg.batch_size // machine.size
+    micro, positions = min(cfg.micro_batch or share, share), cfg.batch_size * cfg.context
+    ddp = isinstance(forward, nn.parallel.DistributedDataParallel)
+    torch.manual_seed(((cfg.seed * 10 ** 9 + step) * 10 ** 4 + machine.rank) % 2 ** 63)         # dropout
+    sums, metrics = torch.zeros(2, device=machine.device), collections.defaultdict(float)
+    first = step * cfg.batch_size + machine.rank * share
+    for row in range(first, first + share, micro):
+        batch = to_device(batches(row, min(micro, first + share - row)), machine.device)
+        last = row + micro >= first + share
+        # Sharded gradients are summed over processes each time: to wait, each would have to hold all of them.
+        with in_dtype(machine), forward.no_sync() if ddp and not last else contextlib.nullcontext():
+            loss, count, extra = forward(batch)
+            scaler.scale(loss * machine.size / positions).backward()         # DDP takes the mean over processes
+        sums += torch.stack((loss.detach().float(), count.float()))
+        for k, v in extra.items():
+            metrics[k] += float(v)
+    loss, count = all_sum(machine, sums).tolist()
+    params = [p for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
+    for o in optimizers:
+        scaler.unscale_(o)
+    if count != positions:                                                   # masked prompts, padding
+        torch._foreach_mul_([p.grad for p in params], positions / max(count, 1))
+    norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)                # over all shards
+    norm = (norm.full_tensor() if is_sharded(norm) else norm).item()
+    for o in optimizers:
+        if math.isfinite(loss) and math.isfinite(norm):
+            scaler.step(o)
+        o.zero_grad(set_to_none=True)
+    scaler.update()
+    return loss, int(count), norm, metrics
+
+
+def timed_steps(model, batches, loss_fn, cfg, machines, seconds=2.5, rounds=1):
+    """{name: seconds of each step} by real steps on `machines` ({name: Machine} of this process alone), which take turns
+    for `seconds`, and for `rounds` at least. None if the first step alone takes longer than `seconds`. The first step of
+    each turn is not counted. Model and loss are afterwards what they were."""
+    kept = [(m, copy.deepcopy(m.state_dict())) for m in (model, loss_fn) if isinstance(m, nn.Module)]
+    forward, optimizers, training = ModelAndLoss(model, loss_fn), make_optimizers(model, loss_fn, cfg), model.training
+    scaler = torch.amp.GradScaler(enabled=False)
+    taken, step, started = {name: [] for name in machines}, 0, time.perf_counter()
+    model.train()
+    try:
+        while rounds > 0 or time.perf_counter() - started < seconds:
+            for name, machine in machines.items():
+                if machine.device.type == "cpu":
+                    machine.threads.use(machine.threads.count)
+                for counted in (False, True, True, True):
+                    start, step = time.perf_counter(), step + 1
+                    train_step(step, forward, batches, optimizers, scaler, cfg, machine)
+                    synchronize(machine.device)
+                    if step == 1 and 0 < seconds < time.perf_counter() - start:
+                        return None
+                    taken[name] += [time.perf_counter() - start] * counted
+            rounds -= 1
+        return taken
+    finally:
+        for m, state in kept:
+            m.load_state_dict(state)
+        model.train(training)
+
+
+def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, eval_cost=0.0, reading=0, after_step=None):
     """Trains `model` in place and keeps cfg.out; returns the figures of the last evaluation.
 
     batches(first, count)    rows first ... first + count - 1 of the training stream, as a Batch
@@ -514,6 +635,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     evaluate(model)          dict with "loss", by which best/ is chosen
     entry                    dict, the history entry of this run: figures are added, and it is saved with the model
     eval_cost                cost of one evaluation in training steps, to plan a time budget
+    reading                  tokens of the training text, to say how often it is read
     after_step(model)        called after each optimizer step (pruning masks are applied again there)
 
     Random state is a function of (seed, step) alone, so a resumed run is the uninterrupted one, bit for bit.
@@ -523,11 +645,13 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     ddp = machine.size > 1 and not fsdp
     agree(machine, {**dataclasses.asdict(cfg), **entry})
     scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
-    autocast = in_dtype(machine)
     parents, entry = list(model.history), dict(entry)
-    step, total, seconds, tokens_seen, best = 0, cfg.steps, 0.0, 0, math.inf
+    step, total, seconds, tokens_seen, best, origin, again = 0, cfg.steps, 0.0, 0, math.inf, (0, 0.0), {}
     if cfg.resume:
         state = read_state(out)
+        if cfg.steps in (0, state["total"]):                                 # what the clock decided is decided again
+            again = {line["step"]: line for line in read_log(out / "log.jsonl") if line["step"] > state["step"]}
+        origin = tuple(state["origin"])
         step, total, seconds = state["step"], cfg.steps or state["total"], state["seconds"]
         tokens_seen, best = state["tokens"], state["best"]
         scaler.load_state_dict(state["scaler"])
@@ -547,15 +671,14 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = cfg.dropout
-    share = cfg.batch_size // machine.size
-    micro = min(cfg.micro_batch or share, share)
-    positions = cfg.batch_size * cfg.context                                 # a step's
+    positions, products = cfg.batch_size * cfg.context, (products_rate(machine), machine.threads.count)    # a step's
     if cfg.compile:
         for module in model.model.layers if fsdp else (model,):
             module.compile()                                                 # in place: no prefix in the state dict
         try:                                                                 # errors come with the first real step
-            with autocast:
-                forward(to_device(batches(0, micro), device))[0].backward()
+            with in_dtype(machine):
+                rows = cfg.batch_size // machine.size
+                forward(to_device(batches(0, min(cfg.micro_batch or rows, rows)), device))[0].backward()
             forward.zero_grad(set_to_none=True)
         except Exception as error:
             raise UserError(f"--compile does not work here ({type(error).__name__}): leave it out, or install a C++ "
@@ -571,7 +694,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         return dict(step=step, total=total, seconds=seconds, tokens=tokens_seen, best=best, scaler=scaler.state_dict(),
                     optimizers=[gathered(o.state_dict(), machine) for o in optimizers], config=dataclasses.asdict(cfg),
                     loss=gathered(loss_fn.state_dict(), machine) if isinstance(loss_fn, nn.Module) else {},
-                    launch=launch())
+                    launch=launch(), origin=list(origin), threads=machine.threads.count, dtype=str(machine.dtype)[6:])
 
     def keep(name, **figures):
         nonlocal saves
@@ -592,73 +715,68 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
                         ": lower --lr, --embed-lr and --matrix-lr, or use --dtype float32")
 
     model.train()
-    figures, durations, since, overflows, saves = {}, collections.deque(maxlen=200), (0, 0.0), 0, int(cfg.resume)
-    saved = time.perf_counter()
+    figures, durations, since, overflows, saves = {}, collections.deque(maxlen=100), (0, 0.0), 0, int(cfg.resume)
+    learned, before = [0.0, 0], (math.inf, math.inf)     # since the last evaluation: loss, tokens; its two losses
+    saved = shown = time.perf_counter()
     if total and step >= total:
         say(machine, f"{out} is at step {step} of {total} already: --steps N goes on")
     elif cfg.resume and total != state["total"]:
         say(machine, f"from step {step} on, the learning rate is that of a run of {total} steps")
     bar = tqdm(total=total or None, initial=step, desc="training", unit="step", dynamic_ncols=True,
                disable=None if machine.rank == 0 else True)                  # None: off where there is no terminal
+    if total and reading:
+        say(machine, f"{total:,} steps{readings(total, positions, reading)}")
     while not total or step < total:
         start = time.perf_counter()
-        factor = lr_at(step, total or 10 ** 9, cfg)
+        factor = lr_at(step, total or 10 ** 9, cfg, origin)
         for o in optimizers:
             for g in o.param_groups:
                 g["lr"] = g["peak"] * factor
-        torch.manual_seed(((cfg.seed * 10 ** 9 + step) * 10 ** 4 + machine.rank) % 2 ** 63)     # dropout
-        sums = torch.zeros(2, device=device)                                 # loss, supervised tokens
-        metrics = collections.defaultdict(float)
-        first = step * cfg.batch_size + machine.rank * share
-        for row in range(first, first + share, micro):
-            batch = to_device(batches(row, min(micro, first + share - row)), device)
-            last = row + micro >= first + share
-            # Sharded gradients are summed over processes each time: to wait, each would have to hold all of them.
-            with autocast, forward.no_sync() if ddp and not last else contextlib.nullcontext():
-                loss, count, extra = forward(batch)
-                scaler.scale(loss * machine.size / positions).backward()     # DDP takes the mean over processes
-            sums += torch.stack((loss.detach().float(), count.float()))
-            for k, v in extra.items():
-                metrics[k] += float(v)
-        loss, count = all_sum(machine, sums).tolist()
-        params = [p for o in optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
-        for o in optimizers:
-            scaler.unscale_(o)
-        if count != positions:                                               # masked prompts, padding
-            torch._foreach_mul_([p.grad for p in params], positions / max(count, 1))
-        norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)            # over all shards
-        norm = (norm.full_tensor() if fsdp else norm).item()
+        threads = machine.threads.count
+        if len(machine.threads.options) > 1 and again.get(step + 1, {}).get("threads", threads) != threads:
+            machine.threads.use(threads := again[step + 1]["threads"])
+        loss, count, norm, metrics = train_step(step, forward, batches, optimizers, scaler, cfg, machine)
         if not math.isfinite(loss):
             diverged("loss")
         # float16 overflows now and then: the scaler halves its scale, and no optimizer steps. Not for ever, though.
         overflows = 0 if math.isfinite(norm) else overflows + 1
         if overflows > (30 if scaler.is_enabled() else 0):
             diverged("gradient")
-        for o in optimizers:
-            if not overflows:
-                scaler.step(o)
-            o.zero_grad(set_to_none=True)
-        scaler.update()
         if after_step is not None:
             after_step(model)
         synchronize(device)
-        step, tokens_seen, taken = step + 1, tokens_seen + int(count), time.perf_counter() - start
+        step, tokens_seen, taken = step + 1, tokens_seen + count, time.perf_counter() - start
         seconds += taken
         durations.append(taken)
-        # Until the rate falls, runs of any length are the same: a busy moment at first need not make this one short.
-        falls = cfg.schedule == "wsd" and step - 1 < (1 - cfg.decay) * total <= step
-        if not cfg.steps and (falls if total else step >= PLANNED):
-            total = bar.total = plan(step, total, seconds, statistics.median(durations), eval_cost, cfg, machine)
+        planned, fell = total, is_falling(step, total, origin, cfg)
+        if step in again:
+            total = again[step].get("total", total)
+        elif not cfg.steps and is_due(step, total, fell, cfg):
+            total = plan(step, total, seconds, statistics.fmean(durations) if fell else statistics.median(durations),
+                         eval_cost, cfg, machine, origin if fell else None)
+        if total != planned:
+            origin = (step, share_done(step, planned, origin)) if fell else origin
+            bar.total = total
             bar.refresh()
+            if reading and not planned:
+                say(machine, f"{total:,} steps{readings(total, positions, reading)}")
+        if step + 1 not in again and (sentence := machine.threads.note(taken)):
+            say(machine, f"step {step}: {sentence}")
         loss /= max(count, 1)
         rate, since = positions / taken, (since[0] + 1, since[1] + taken)
         log.write(step=step, loss=loss, lr=factor, grad_norm=norm, tokens=tokens_seen, seconds=round(seconds, 3),
-                  tokens_per_second=round(rate), **{k: v / max(count, 1) for k, v in metrics.items()})
+                  tokens_per_second=round(rate), total=total, threads=threads,
+                  **{k: v / max(count, 1) for k, v in metrics.items()})
+        learned = [learned[0] + loss * count, learned[1] + count]
         bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         bar.update()
+        if bar.disable and time.perf_counter() - shown > 30:                 # a file or a pipe has lines instead
+            shown = time.perf_counter()
+            say(machine, f"step {step}" + (f" of {total}" if total else "") + f": loss {loss:.3f}, {rate:,.0f} tokens/s")
         due = machine.rank == 0 and time.perf_counter() - saved > cfg.save_seconds
         stop, due = map(bool, all_sum(machine, torch.tensor([float(wanted.stop), float(due)])))
-        if total and (step == total or step * cfg.evals // total > (step - 1) * cfg.evals // total):
+        behind = [int(share_done(i, total, origin) * cfg.evals + 1e-9) for i in (step - 1, step)] if total else [0, 0]
+        if total and (step == total or behind[1] > behind[0]):
             start = time.perf_counter()
             if fsdp:
                 forward.unshard()                                            # what is in no block
@@ -671,10 +789,16 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
                 diverged("validation loss")
             log.write(step=step, tokens=tokens_seen, seconds=round(seconds, 3), **val)
             rate, since = since[0] * positions / since[1], (0, 0.0)
-            busy = 3 * model.flops_per_token(cfg.context) * rate / machine.matmul_rate / machine.size
-            say(machine, f"step {step} of {total}, {seconds:.0f} s: validation loss {figures['loss']:.4f}, perplexity "
-                f"{figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits per byte; {rate:,.0f} tokens/s, "
-                f"{busy:.0%} of the matmul rate")
+            busy = 3 * model.flops_per_token(cfg.context) * rate / products[0] / machine.size
+            mean = learned[0] / max(1, learned[1])
+            say(machine, f"step {step} of {total}, {seconds:.0f} s: loss {mean:.4f} in training, {figures['loss']:.4f} in "
+                f"validation, perplexity {figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits per byte; "
+                f"{rate:,.0f} tokens/s" + f", {busy:.0%} of the matmul rate" * (machine.threads.count == products[1]))
+            if figures["loss"] > before[1] and mean < before[0]:
+                say(machine, "the validation loss rises while the training loss falls: the model learns its text by heart. "
+                    f"{out / 'best'} keeps the model with the lowest validation loss; more text, fewer steps or --dropout "
+                    "0.1 help")
+            before, learned = (mean, figures["loss"]), [0.0, 0]
             if figures["loss"] < best:
                 best = figures["loss"]
                 keep("best", **val)
@@ -701,11 +825,32 @@ def remove(out):
         shutil.rmtree(out / "".join(d), ignore_errors=True)
 
 
-def plan(step, total, seconds, step_seconds, eval_cost, cfg, machine):
+def readings(total, positions, reading):
+    """How often `total` steps read the training text, as the end of a sentence."""
+    times = total * positions / reading
+    return f": the training text is read {times:.{1 if times >= 1 else 2}f} times"
+
+
+def is_falling(step, total, origin, cfg):
+    """Whether the learning rate of the step before this one was below that of the one before it (origin: see fit)."""
+    return total > 0 and (cfg.schedule == "cosine" or origin[0] > 0 or step - 1 >= (1 - cfg.decay) * total)
+
+
+def is_due(step, total, falling, cfg):
+    """Whether a time budget becomes another number of steps after this step: when steps have settled; when the rate
+    begins to fall, as until then runs of any length are the same; and every 20 steps while it falls."""
+    if not total:
+        return step >= PLANNED
+    return step % 20 == 0 if falling else step >= (1 - cfg.decay) * total
+
+
+def plan(step, total, seconds, step_seconds, eval_cost, cfg, machine, origin=None):
     """Steps that fit the time budget, of which `seconds` have passed; the same number on every process. `total`, what
-    was planned before, stays if it is right to 2 %."""
-    steps = from_first(max(step + 1, int(step + (60 * cfg.minutes - seconds) / step_seconds - cfg.evals * eval_cost)))
-    if total and abs(steps - total) <= max(1, 0.02 * total):
+    was planned before, stays if it is right to 2 %, or while the rate falls (`origin`) to 5 % of the budget."""
+    evals = cfg.evals if origin is None else cfg.evals - int(share_done(step, total, origin) * cfg.evals + 1e-9)
+    left = (60 * cfg.minutes - seconds) / step_seconds - evals * eval_cost
+    steps = from_first(max(step + 1, int(step + left)))
+    if total and abs(steps - total) <= max(1, 0.02 * total if origin is None else 3 * cfg.minutes / step_seconds):
         return total
     say(machine, f"step {step}: {cfg.minutes:g} minutes are {steps:,} steps of {1000 * step_seconds:.0f} ms")
     return steps
@@ -777,7 +922,8 @@ def read_state(out):
     file = whole(Path(out) / "last") / "training_state.pt"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        return {"launch": state.get("launch", "")} | {k: state[k] for k in (
+        kept = {"launch": "", "origin": (0, 0.0), "threads": 0, "dtype": ""}      # runs of before do not say
+        return {k: state.get(k, v) for k, v in kept.items()} | {k: state[k] for k in (
             "step", "total", "seconds", "tokens", "best", "scaler", "optimizers", "config", "loss")}
     except FileNotFoundError:
         raise UserError(f"{file.parent} has no training_state.pt, so it cannot be resumed: start a new run with "
@@ -960,11 +1106,21 @@ def show_sample(cfg, machine, tokenizer, val):
     prompt = tokenizer.decode_bytes(val.tokens[:opening].tolist()).decode("utf-8", errors="ignore")
     if val.mask is None:
         prompt = prompt[:prompt.rfind("\n") + 1] or prompt                   # whole lines
-    print(f"\nHow the validation text begins, and how the model goes on:\n\n{prompt}", end="", flush=True)
+    print(f"\n--- how the validation text begins:\n{prompt.rstrip()}\n--- and how the model goes on:", flush=True)
     stream = sample.continuations(model, tokenizer, prompt, seed=cfg.seed, max_new_tokens=20 if cfg.smoke else 200,
                                   temperature=0.8, top_p=0.95)
     sample.speak(tokenizer, map(int, stream))
-    print(f"\nMore: python sample.py {cfg.out} --prompt TEXT")
+    more = "--prompt TEXT" if val.mask is None else "--chat"
+    print(f"---\nMore: python sample.py {shlex.quote(cfg.out)} {more}")
+
+
+def show_scale(cfg, tokenizer, val):
+    """Prints what bits per byte mean, by a general compressor on the beginning of the same validation text."""
+    text = tokenizer.decode_bytes(val.tokens[:2 ** 18].tolist())
+    squeezed = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(1, len(text))
+    made = read_json(whole(cfg.out) / "config.json")["history"][-1]
+    print(f"bits per byte: 8 where nothing is known, {squeezed:.2f} by xz -9e on {len(text) / 1e6:.1f} MB of this validation "
+          f"text, {made['val_bits_per_byte']:.2f} by this model; {Path(cfg.out) / 'loss.png'} has the curve")
 
 
 @one_voice()
@@ -997,11 +1153,13 @@ def main(argv=None):
     if train.mask is not None:
         show_example(machine, tokenizer, train.training_rows(cfg.seed, 0, 1))
 
-    fit(model, lambda first, count: train.training_rows(cfg.seed, first, count), cross_entropy, cfg, machine,
-        evaluate=evaluator(val, cfg, machine, tokenizer), tokenizer=tokenizer, entry=entry,
-        eval_cost=eval_tokens / positions / 3)
+    batches = lambda first, count: train.training_rows(cfg.seed, first, count)
+    machine = tuned(machine, cfg, model, batches, cross_entropy)
+    fit(model, batches, cross_entropy, cfg, machine, evaluate=evaluator(val, cfg, machine, tokenizer),
+        tokenizer=tokenizer, entry=entry, eval_cost=eval_tokens / positions / 3, reading=train.per_epoch * cfg.context)
     if machine.rank == 0:
         picture(out)
+        show_scale(cfg, tokenizer, val)
         show_sample(cfg, machine, tokenizer, val)
     if dist.is_initialized():
         dist.destroy_process_group()

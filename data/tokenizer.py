@@ -31,10 +31,14 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 GPT2_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+# What stands between the generation marks, the assistant's words and the end of its turn, is what trainers learn from.
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+          "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+          "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # For tokenizers that have no chat tokens. No space after the last colon: " The" is one token, " " + "The" are two.
-PLAIN = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'Assistant: ' + m['content'] + eos_token + '\n' }}"
+PLAIN = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'Assistant:' }}{% generation %}"
+         "{{ ' ' + m['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"
          "{% elif m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\n' }}"
          "{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
          "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
@@ -373,6 +377,7 @@ class Tokenizer:
             "eos_token": self.eos_token, "pad_token": self._name("pad_token") or self.eos_token,
             **{k: self._name(k) for k in ("bos_token", "unk_token") if self._name(k)},
             "model_max_length": model_max_length or self.config.get("model_max_length") or 1_000_000,
+            "model_input_names": ["input_ids", "attention_mask"],  # or generate() is handed token_type_ids
             "clean_up_tokenization_spaces": False,  # or decoding eats the space in "a ."
             "chat_template": self.chat_template,
         }

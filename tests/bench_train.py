@@ -249,7 +249,7 @@ def stepper(argv):
     side, layers, width, heads, context, batch, optimizer, checkout = json.loads(argv[0])
     device = sample.pick_device("auto")
     cuda = device.type == "cuda"
-    machine = train.Machine(device, torch.bfloat16 if cuda else torch.float32, 0, 1, 0)
+    machine = train.Machine(device, torch.bfloat16 if cuda else torch.float32, 0, 1, None)
     if side == "ours":
         model = Transformer(Config(
             vocab_size=VOCAB, hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,

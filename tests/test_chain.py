@@ -197,10 +197,10 @@ def test_a_chain_that_was_stopped_goes_on(root, tmp_path, monkeypatch, capsys):
     run(root / "dense", *chain, "--out", tmp_path / "whole")
     schedule, cuts = train.lr_at, []
 
-    def interrupted(step, total, cfg):
+    def interrupted(step, total, cfg, origin):
         if step == 3:
             train.signal.raise_signal(train.signal.SIGINT)
-        return schedule(step, total, cfg)
+        return schedule(step, total, cfg, origin)
 
     monkeypatch.setattr(train, "lr_at", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -15,7 +15,7 @@ from model import Config, Transformer, load, save
 
 ROOT = Path(distill.__file__).parent
 RUN = "--context 32 --batch-size 4 --warmup 3 --evals 2 --eval-tokens 512 --save-seconds 1e9".split()
-MACHINE = train.Machine(torch.device("cpu"), torch.float32, 0, 1, 1e9)
+MACHINE = train.Machine(torch.device("cpu"), torch.float32, 0, 1, sample.Threads([1]))
 KINDS = [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
 
 

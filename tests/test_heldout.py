@@ -225,7 +225,7 @@ def test_measure_scores_the_same_responses_for_each_tokenizer(corpus, models, tm
 
 def test_training_shows_what_of_an_example_is_learned(corpus, capsys):
     windows, tokenizer = Windows(corpus, "train", 64), Tokenizer.load(corpus)
-    machine = train.Machine(torch.device("cpu"), torch.float32, 0, 1, 1e9)
+    machine = train.Machine(torch.device("cpu"), torch.float32, 0, 1, sample.Threads([1]))
     train.show_example(machine, tokenizer, windows.training_rows(0, 0, 1))
     said = capsys.readouterr().out
     read, learned = said.split("What is learned:\n")

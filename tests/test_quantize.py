@@ -322,10 +322,10 @@ def test_qat_resumes(root, tmp_path, monkeypatch):
     run(root / "dense", "int4:qat", *flags, "--out", tmp_path / "whole")
     schedule = train.lr_at
 
-    def interrupted(step, total, cfg):
+    def interrupted(step, total, cfg, origin):
         if step == 5:
             train.signal.raise_signal(train.signal.SIGINT)
-        return schedule(step, total, cfg)
+        return schedule(step, total, cfg, origin)
 
     monkeypatch.setattr(train, "lr_at", interrupted)
     with pytest.raises(KeyboardInterrupt):

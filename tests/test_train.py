@@ -337,7 +337,7 @@ def test_a_finished_run_resumes_to_itself_and_further(data, whole_run, tmp_path,
 
 
 def test_a_time_budget_becomes_steps_again_when_the_machine_was_busy_at_first(capsys):
-    cfg, machine = train.TrainConfig(minutes=1, evals=3), train.Machine(torch.device("cpu"), torch.float32, 0, 1, 1.0)
+    cfg, machine = train.TrainConfig(minutes=1, evals=3), train.Machine(torch.device("cpu"), torch.float32, 0, 1, None)
     assert train.plan(13, 0, 13.0, 1.0, 2.0, cfg, machine) == 54             # 13 + 47 s / 1 s - 3 evaluations of 2 steps
     assert train.plan(50, 54, 20.0, 0.1, 2.0, cfg, machine) == 444 and "444 steps of 100 ms" in capsys.readouterr().out
     assert train.plan(100, 444, 25.5, 0.1, 2.0, cfg, machine) == 444 and not capsys.readouterr().out       # 439: near
