@@ -1869,11 +1869,11 @@ def main(argv=None):
     steps = parse_chain(args.steps)                             # all that can be refused is refused before any work
     out = Path(args.out) if Path(args.out).name else Path(args.out).resolve()      # "." has no name to write beside
     args.out, directory, to_file = str(out), whole(args.model), steps[-1].name == "gguf"
-    if to_file:
-        import_gguf()
     check_out(out, directory, to_file, args.overwrite)
     check_flags(args, steps)
     check_order(steps, load(directory))
+    if to_file:
+        import_gguf()
     stages, kept = out.with_name(out.name + ".stages"), len(steps) > 1 or looks(steps)
     if kept:
         open_stages(stages, args)

@@ -1221,7 +1221,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                               enable_gqa=q.shape[1] != k.shape[1])
+                                               enable_gqa=bool(q.shape[1] != k.shape[1]))
         y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
         return self.o_proj(y)
 

@@ -12,7 +12,7 @@
 
 Text goes to standard output as it is made; what was chosen and how fast it went goes to standard error.
 """
-import codecs, collections, contextlib, copy, ctypes, dataclasses, functools, json, math, os, re, statistics, string
+import array, codecs, collections, contextlib, copy, ctypes, dataclasses, functools, json, math, os, re, statistics, string
 import subprocess, sys, time
 from pathlib import Path
 
@@ -365,12 +365,20 @@ def pieces(tokenizer, ids, stop=()):
 
 
 def speak(tokenizer, ids, said=None):
-    """Prints the text of a stream of ids as it comes, up to the end token. said: a list for the pieces."""
-    for text in pieces(tokenizer, ids, tokenizer.eos_ids):
+    """Prints the text of a stream of ids as it comes, up to the end token. said: a list for the pieces. Returns whether
+    it came to its end."""
+    last = []
+
+    def noted():
+        for i in ids:
+            last[:] = [i]
+            yield i
+    for text in pieces(tokenizer, noted(), tokenizer.eos_ids):
         print(text, end="", flush=True)
         if said is not None:
             said.append(text)
     print()
+    return bool(last) and last[0] in tokenizer.eos_ids
 
 
 def continuations(model, tokenizer, prompt, samples=1, seed=None, write=generate, **options):
@@ -392,7 +400,7 @@ class Threads:
     A trial runs the next steps with each option in turn. There is one when steps take twice as long as before, and now
     and then where fewer threads than the most are used.
     """
-    STEPS, SECONDS, SLOW, AGAIN, MOST = 6, 0.03, 2.0, 60.0, 240.0    # of a trial; slower by; seconds between two trials
+    STEPS, SECONDS, SLOW, AGAIN, MOST = 6, 0.005, 2.0, 60.0, 240.0   # of a trial; slower by; seconds between two trials
 
     def __init__(self, options, count=0):
         self.options, self.count = options, count if count in options else options[0]
@@ -443,12 +451,12 @@ class Threads:
         return f"{self.why}: {self.count} thread{'s' * (self.count > 1)} from now on" if self.why else ""
 
     def following(self, stream):
-        """The items of an iterator, each a step."""
+        """The items of an iterator, each a step. The first time there is a trial at once."""
         start = None
+        if math.isinf(self.usual):
+            self.start_trial()
         for item in stream:
-            if start is None:
-                self.start_trial()                               # the first item waits for the prompt to be read
-            else:
+            if start is not None:                                # the first item waits for the prompt to be read
                 self.note(time.perf_counter() - start)
             yield item
             start = time.perf_counter()
@@ -471,7 +479,9 @@ def compare(models, batches, token_bytes):
     device, ids = next(next(iter(models.values())).parameters()).device, len(token_bytes)
     token_bytes = torch.as_tensor(token_bytes, device=device)
     rows = max(1, 2 ** 21 // max(m.config.vocab_size for m in models.values()))
-    nats, divergence, same = dict.fromkeys(models, 0.0), {name: [] for name in models}, dict.fromkeys(models, 0)
+    # Numbers, not tensors: small tensors that are kept pin the memory of the logits that were freed beside them.
+    nats, same = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0)
+    divergence = {name: array.array("f") for name in models}
     tokens = n_bytes = 0
     for batch in batches:
         batch = type(batch)(*(None if t is None else t.to(device) for t in batch))
@@ -486,11 +496,11 @@ def compare(models, batches, token_bytes):
                 nats[name] += float(F.cross_entropy(logits, targets[i:i + rows], reduction="sum"))
                 logp = logits[:, :ids].log_softmax(-1)
                 base = logp if base is None else base
-                divergence[name].append((base.exp() * (base - logp)).sum(-1).cpu())
+                divergence[name].extend((base.exp() * (base - logp)).sum(-1).tolist())
                 same[name] += int((logp.argmax(-1) == base.argmax(-1)).sum())
     result = {}
     for name in models:
-        kl = torch.cat(divergence[name]) if tokens else torch.zeros(1)
+        kl = torch.frombuffer(divergence[name], dtype=torch.float32) if tokens else torch.zeros(1)
         result[name] = {**figures(nats[name], tokens, n_bytes), "kl": float(kl.double().mean()),
                         "kl_p999": float(kl.kthvalue(math.ceil(0.999 * len(kl))).values),
                         "agreement": same[name] / max(1, tokens)}
@@ -705,12 +715,16 @@ def cascade_curve(small, big, batches, token_bytes, shares):
                       cascade saves passes of the big model, and thus time, but hardly any multiplications
     multiplications   per token: matrices of the small model, and those of the big one for what it reads
     """
-    rows, device, token_bytes = [], next(small.parameters()).device, torch.as_tensor(token_bytes)
+    device, token_bytes = next(small.parameters()).device, torch.as_tensor(token_bytes)
+    kept = [array.array(code) for code in "fffq"]                # numbers, not tensors: see `compare`
     for batch in batches:
         batch = type(batch)(*(None if t is None else t.to(device) for t in batch))
-        rows.append([t.cpu() for t in (leads(small, batch), token_losses(small, batch), token_losses(big, batch),
-                                       batch.targets)])
-    sure, nats, its, targets = map(torch.cat, zip(*rows))        # (windows, T) each
+        for numbers, t in zip(kept, (leads(small, batch), token_losses(small, batch), token_losses(big, batch),
+                                     batch.targets)):
+            numbers.extend(t.flatten().tolist())
+    sure, nats, its, targets = (                                 # (windows, T) each
+        torch.frombuffer(numbers, dtype=kind).view(-1, batch.targets.shape[1])
+        for numbers, kind in zip(kept, (*[torch.float32] * 3, torch.int64)))
     learned, result = targets >= 0, []
     n_bytes = token_bytes[targets[learned]].sum()
     for share in shares:
@@ -926,6 +940,7 @@ def evaluate_command(args):
     count = min(args.answers, len(lines))
     answered = {i * len(lines) // count for i in range(count)}                    # spread over the file
     device, results = pick_device(args.device), {}
+    threads_for(args.threads or torch.get_num_threads(), device)
     for name, directory in directories.items():
         start, (model, tokenizer) = time.perf_counter(), open_model(directory, device)
         results[name] = evaluate(model, tokenizer, lines, answered, args.max_new_tokens, name)
@@ -968,6 +983,7 @@ def arguments(argv):
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that reach this sum")
     parser.add_argument("--min-p", type=float, default=0.0, help="drop tokens less likely than this times the first")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: seen tokens become less likely")
+    parser.add_argument("--threads", type=int, default=0, help="of a CPU (default: the number that is fastest, followed)")
     group = parser.add_argument_group("two models, or parts of one", "tokens are guessed and checked several at once: "
                                       "the same text, sooner where guesses are good; or a larger model helps")
     together = group.add_mutually_exclusive_group()
@@ -1018,13 +1034,28 @@ def arguments(argv):
     if args.smoke:
         args.max_new_tokens = min(args.max_new_tokens, 20)
     for name, least, most in (("max_new_tokens", 1, None), ("samples", 1, None), ("temperature", 0, None),
-                              ("answers", 0, None), ("self_draft", 0, None), ("top_k", 0, None), ("top_p", 1e-6, 1),
+                              ("answers", 0, None), ("self_draft", 0, None), ("threads", 0, 1024), ("top_k", 0, None), ("top_p", 1e-6, 1),
                               ("min_p", 0, 1), ("repetition_penalty", 1e-6, None)):
         value = getattr(args, name)
         if not least <= value <= (most or math.inf):
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}" +
                             (f" and at most {most}" if most else ""))
     return args
+
+
+def halvings(n):
+    """n, n / 2, n / 4, ... 1."""
+    return [n >> i for i in range(n.bit_length())]
+
+
+def threads_for(count, device):
+    """Threads for generation: `count`; 0: what is fastest, where the kernels compute the same bits with any number."""
+    most = torch.get_num_threads()
+    follow = not count and device.type == "cpu" and kernels()[0] is not None
+    threads = Threads(halvings(most) if follow else [count or most])
+    if device.type == "cpu":
+        threads.use(threads.count)
+    return threads
 
 
 def pick_device(name="auto"):
@@ -1051,7 +1082,9 @@ def sampling(args):
 
 
 def lines():
-    """Lines of standard input, until it ends."""
+    """Lines of standard input, until it ends. On a terminal arrow keys edit them and bring old ones back."""
+    with contextlib.suppress(ImportError):                       # Windows has none
+        import readline  # noqa: F401: input() uses it once it is there
     with contextlib.suppress(EOFError):
         while True:
             yield input("> " if sys.stdin.isatty() else "")
@@ -1079,10 +1112,13 @@ def obey(line, messages):
         return f"{line}: {error.strerror}"
 
 
-def chat(model, tokenizer, prompt, args, write):
+def chat(model, tokenizer, prompt, args, write, follow):
     """Answers a prompt, or else each line of standard input, in the chat template; when the window is full, the oldest
     turns are not read any more."""
     messages, first, seed, window = [], 0, args.seed, model.config.max_position_embeddings
+    if not prompt and sys.stdin is not None and sys.stdin.isatty():
+        print(f"{model_name(args.model)}: a window of {window} tokens, answers of at most {args.max_new_tokens} "
+              "(--max-new-tokens). /help lists what else there is, Ctrl-D ends.", file=sys.stderr)
     for line in [prompt] if prompt else lines():
         if line.startswith("/") and not prompt:
             if line.strip() == "/quit":
@@ -1101,8 +1137,10 @@ def chat(model, tokenizer, prompt, args, write):
             print(f"the window of {window} tokens is full: from now on the oldest turns are forgotten", file=sys.stderr)
         if first == len(messages) - 1 and (length := len(tokenizer.encode(text, special=True))) > window:
             print(f"this turn has {length} tokens, the window {window}: only its end is read", file=sys.stderr)
+        stream = follow(continuations(model, tokenizer, text, 1, seed, write, **sampling(args)))
         try:
-            speak(tokenizer, map(int, continuations(model, tokenizer, text, 1, seed, write, **sampling(args))), said)
+            if not speak(tokenizer, map(int, stream), said):
+                print(f"[cut after {args.max_new_tokens} tokens: --max-new-tokens allows more]", file=sys.stderr)
         except KeyboardInterrupt:
             print()
         messages.append({"role": "assistant", "content": "".join(said)})
@@ -1229,15 +1267,18 @@ def main(argv=None):
         prompt = ""
     else:
         prompt = decoded(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
-    model, tokenizer = open_model(args.model, pick_device(args.device))
+    device = pick_device(args.device)
+    model, tokenizer = open_model(args.model, device)
+    threads = threads_for(args.threads, device)
     write, report, judge = generate, str, None                   # str() is nothing to say
     if args.escalate:
         write, report, judge = handover(args, model, tokenizer)
     elif args.draft or args.self_draft or args.lookup:
         pace = Pace()
         write, report = functools.partial(speculate, draft=guesser(args, model, tokenizer), pace=pace), pace.__str__
+    follow = threads.following if write is generate else iter    # speculation times its own steps
     if args.chat:
-        chat(model, tokenizer, prompt, args, write)
+        chat(model, tokenizer, prompt, args, write, follow)
         return print(f"[{report()}]" if report() else "", file=sys.stderr)
     count, window = len(tokenizer.encode(prompt, special=True, bos=True)), model.config.max_position_embeddings
     if count > window:
@@ -1251,7 +1292,8 @@ def main(argv=None):
             (model, tokenizer), answer, write = judge(), None, generate
 
     def stream():
-        for ids in answer or continuations(model, tokenizer, prompt, args.samples, args.seed, write, **sampling(args)):
+        for ids in answer or follow(continuations(model, tokenizer, prompt, args.samples, args.seed, write,
+                                                  **sampling(args))):
             stamps.append(time.perf_counter())
             yield ids.tolist()
 
@@ -1263,7 +1305,8 @@ def main(argv=None):
             print(f"--- sample {i + 1}\n{prompt}{''.join(pieces(tokenizer, ids, tokenizer.eos_ids))}")
     decode, how = "", how_quantized_layers_run(model)
     if len(stamps) > 1 and not answer:
-        decode = f", then {args.samples * (len(stamps) - 1) / (stamps[-1] - stamps[0]):.0f} tokens/s"
+        decode = f", then {args.samples * (len(stamps) - 1) / (stamps[-1] - stamps[0]):.0f} tokens/s" + (
+            f" with {threads.count} thread{'s' * (threads.count > 1)}" if device.type == "cpu" else "")
     print(f"\n[{len(stamps)} tokens; the first after {1000 * (stamps[0] - start):.0f} ms{decode}]", file=sys.stderr)
     for more in filter(None, (report(), how and f"quantized layers: {how}")):
         print(f"[{more}]", file=sys.stderr)

@@ -226,7 +226,7 @@ def tuned(machine, cfg, model, batches, loss_fn):
     forced = {name: os.environ.get("SLM_TEST_" + name.upper()) for name in ("dtype", "threads")}       # tests set them
     most, kept = torch.get_num_threads(), read_state(cfg.out) if cfg.resume else {}
     asked = cfg.threads or int(forced["threads"] or 0) or (most if machine.size > 1 else 0)
-    threads = sample.Threads([asked] if asked else halvings(most), asked or kept.get("threads", 0))
+    threads = sample.Threads([asked] if asked else sample.halvings(most), asked or kept.get("threads", 0))
     dtype = machine.dtype if cfg.dtype != "auto" else DTYPES[forced["dtype"] or kept.get("dtype") or "auto"]
     share = cfg.batch_size // machine.size
     cfg = dataclasses.replace(cfg, batch_size=max(1, min(share, 8192 // cfg.context)))
@@ -255,11 +255,6 @@ def tuned(machine, cfg, model, batches, loss_fn):
     say(machine, f"device cpu, {threads.count} thread{'s' * (threads.count > 1)}" +
         (f", {machine.size} processes" if machine.size > 1 else "") + f"; {str(dtype)[6:]}" + f" ({text})" * bool(text))
     return machine
-
-
-def halvings(n):
-    """n, n / 2, n / 4, ... 1."""
-    return [n >> i for i in range(n.bit_length())]
 
 
 def say(machine, text):
@@ -543,6 +538,17 @@ def share_done(step, total, origin=(0, 0.0)):
     return share + (1 - share) * (step - begun) / (total - begun)
 
 
+def evaluations(step, total, origin, cfg):
+    """How many of a run's evaluations are due by a step."""
+    return int(share_done(step, total, origin) * cfg.evals + 1e-9) if total else 0
+
+
+def new_origin(step, planned, total, origin, falling):
+    """The origin of a run of `planned` steps that has `total` from now on. Where the rate falls, or would jump down, it
+    goes on from the rate that it has; where it has not fallen, a longer run is one of that length from the beginning."""
+    return (step, share_done(step, planned, origin)) if planned and (falling or total < planned) else origin
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -716,6 +722,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
 
     model.train()
     figures, durations, since, overflows, saves = {}, collections.deque(maxlen=100), (0, 0.0), 0, int(cfg.resume)
+    passed = evaluations(step, total, origin, cfg)
     learned, before = [0.0, 0], (math.inf, math.inf)     # since the last evaluation: loss, tokens; its two losses
     saved = shown = time.perf_counter()
     if total and step >= total:
@@ -752,10 +759,10 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         if step in again:
             total = again[step].get("total", total)
         elif not cfg.steps and is_due(step, total, fell, cfg):
-            total = plan(step, total, seconds, statistics.fmean(durations) if fell else statistics.median(durations),
+            total = plan(step, total, seconds, statistics.fmean(itertools.islice(reversed(durations), 20)) if fell else statistics.median(durations),
                          eval_cost, cfg, machine, origin if fell else None)
         if total != planned:
-            origin = (step, share_done(step, planned, origin)) if fell else origin
+            origin = new_origin(step, planned, total, origin, fell)
             bar.total = total
             bar.refresh()
             if reading and not planned:
@@ -775,8 +782,8 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
             say(machine, f"step {step}" + (f" of {total}" if total else "") + f": loss {loss:.3f}, {rate:,.0f} tokens/s")
         due = machine.rank == 0 and time.perf_counter() - saved > cfg.save_seconds
         stop, due = map(bool, all_sum(machine, torch.tensor([float(wanted.stop), float(due)])))
-        behind = [int(share_done(i, total, origin) * cfg.evals + 1e-9) for i in (step - 1, step)] if total else [0, 0]
-        if total and (step == total or behind[1] > behind[0]):
+        passed, before_it = evaluations(step, total, origin, cfg), passed
+        if total and (step == total or passed > before_it):
             start = time.perf_counter()
             if fsdp:
                 forward.unshard()                                            # what is in no block
@@ -846,11 +853,13 @@ def is_due(step, total, falling, cfg):
 
 def plan(step, total, seconds, step_seconds, eval_cost, cfg, machine, origin=None):
     """Steps that fit the time budget, of which `seconds` have passed; the same number on every process. `total`, what
-    was planned before, stays if it is right to 2 %, or while the rate falls (`origin`) to 5 % of the budget."""
-    evals = cfg.evals if origin is None else cfg.evals - int(share_done(step, total, origin) * cfg.evals + 1e-9)
-    left = (60 * cfg.minutes - seconds) / step_seconds - evals * eval_cost
-    steps = from_first(max(step + 1, int(step + left)))
-    if total and abs(steps - total) <= max(1, 0.02 * total if origin is None else 3 * cfg.minutes / step_seconds):
+    was planned before, stays if it is right to 2 %, or while the rate falls (`origin`) to 8 % of the budget."""
+    for evals in range(cfg.evals - (evaluations(step, total, origin, cfg) if origin else 0), 0, -1):
+        steps = max(step + 1, int(step + (60 * cfg.minutes - seconds) / step_seconds - evals * eval_cost))
+        if origin or evals == cfg.evals - evaluations(step, steps, (0, 0.0), cfg):
+            break
+    steps = from_first(steps)
+    if total and abs(steps - total) <= max(1, 0.02 * total if origin is None else 5 * cfg.minutes / step_seconds):
         return total
     say(machine, f"step {step}: {cfg.minutes:g} minutes are {steps:,} steps of {1000 * step_seconds:.0f} ms")
     return steps
@@ -957,7 +966,7 @@ def picture(out):
     ax.set(xlabel="tokens learned", ylabel="loss (nats per token)",
            title=f"{out.name}: validation loss {val[-1][1]:.3f}")
     ax.set_ylim(min(min(l for _, l in train), min(l for _, l in val)) - 0.1, None)
-    ax.legend()
+    ax.legend(loc="upper right")
     ax.grid(alpha=0.3)
     fig.savefig(out / "loss.png", dpi=120)
     plt.close(fig)

@@ -203,7 +203,8 @@ def gguf_tokenizer(writer, gguf, tokenizer, size):
     writer.add_bos_token_id(tokenizer.bos_id if adds_bos else named("bos_token"))
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(named("pad_token"))
-    writer.add_chat_template(tokenizer.chat_template)
+    # Programs with a Jinja of their own may not know the tags that mark what trainers learn from.
+    writer.add_chat_template(re.sub(r"{% (end)?generation %}", "", tokenizer.chat_template))
 
 
 def gguf_tensors(model, kind, gguf):

@@ -251,7 +251,8 @@ def test_the_vocabulary(tokenizer, tmp_path):
     assert kinds == [1] * (n - 3) + [3] * 3 + [5] * (V - n)      # normal, control, unused
     assert get("merges") == [" ".join(m) for m in tokenizer.data["model"]["merges"]] and len(get("merges")) == n - 259
     assert get("eos_token_id") == get("bos_token_id") == get("padding_token_id") == tokenizer.eos_id
-    assert get("add_bos_token") is False and fields["tokenizer.chat_template"] == tokenizer.chat_template
+    assert get("add_bos_token") is False and fields["tokenizer.chat_template"] == (
+        tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
 
 
 def changed(tokenizer, pre_tokenizer=None, added=(), config=(), **changes):
@@ -414,6 +415,7 @@ def llama(path, **options):
 
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_computes_the_same(case, tokenizer, tmp_path):
+    pytest.importorskip("gguf")
     model = build(case)
     export.write_gguf(model, tokenizer, "f32", tmp_path / "m.gguf")
     llm = llama(tmp_path / "m.gguf")
@@ -436,6 +438,7 @@ def test_llama_cpp_computes_the_same(case, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("pre_tokenizer, name", PRE_TOKENIZERS)
 def test_llama_cpp_reads_the_same_ids(pre_tokenizer, name, tokenizer, tmp_path):
+    pytest.importorskip("gguf")
     added = [{"id": tokenizer.vocab_size, "content": "      ", "special": False}]               # found in any text
     other = changed(tokenizer, pre_tokenizer, added)
     export.write_gguf(build("llama"), other, "q8_0", tmp_path / "m.gguf")

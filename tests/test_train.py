@@ -1,5 +1,5 @@
 """Training: what a step computes, resume bit for bit, saves that survive a kill, bad input."""
-import json, random, shutil, signal, subprocess, sys
+import collections, json, random, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -342,6 +342,31 @@ def test_a_time_budget_becomes_steps_again_when_the_machine_was_busy_at_first(ca
     assert train.plan(50, 54, 20.0, 0.1, 2.0, cfg, machine) == 444 and "444 steps of 100 ms" in capsys.readouterr().out
     assert train.plan(100, 444, 25.5, 0.1, 2.0, cfg, machine) == 444 and not capsys.readouterr().out       # 439: near
     assert train.plan(60, 444, 61.0, 0.1, 2.0, cfg, machine) == 61           # the time is over: one more, and its end
+    assert train.plan(13, 0, 13.0, 1.0, 20.0, cfg, machine) == 20            # two evaluations of three fit
+
+
+def test_a_time_budget_follows_the_machine_while_the_rate_falls(capsys):
+    """A slow end does not lengthen a run and a busy start does not shorten it by more than a fifth; the rate falls on
+    without a jump."""
+    def end_of(pace):                                                        # pace(second): seconds of a step then
+        cfg, machine = train.TrainConfig(minutes=5, evals=3), train.Machine(torch.device("cpu"), torch.float32, 0, 1, None)
+        step, total, seconds, origin, recent, rates = 0, 0, 0.0, (0, 0.0), collections.deque(maxlen=20), []
+        while not total or step < total:
+            rates.append(train.lr_at(step, total or 10 ** 9, cfg, origin))
+            recent.append(pace(seconds))
+            step, seconds = step + 1, seconds + recent[-1]
+            falling = train.is_falling(step, total, origin, cfg)
+            if train.is_due(step, total, falling, cfg):
+                planned, total = total, train.plan(step, total, seconds, sum(recent) / len(recent), 0.0, cfg, machine,
+                                                   origin if falling else None)
+                if total != planned:
+                    origin = train.new_origin(step, planned, total, origin, falling)
+        jumps = [b - a for a, b in zip(rates[20:], rates[21:])]
+        assert max(jumps) < 1e-9 and min(jumps) > -0.1 and rates[-1] < 0.1
+        return seconds
+    for pace in (lambda s: 0.1, lambda s: 0.4 if s < 60 else 0.1, lambda s: 0.4 if s < 150 else 0.1, lambda s: 0.1 if s < 100 else 0.5,
+                 lambda s: 0.1 if s < 200 else 1.0, lambda s: 0.4 if 80 < s < 160 else 0.1):
+        assert 240 < end_of(pace) < 360
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(data, tmp_path):
