@@ -1057,8 +1057,8 @@ def run_blocks(body, blocks, x, start):
 
 
 def run_in_c(body, x, cache):
-    """Runs all blocks and the final norm on x (B, T, C) in C, in place, behind what the cache holds. Returns False, with
-    nothing done, where C does not apply: attach_c has not allowed it, 8 rows or more, gradients, a hook.
+    """Runs all blocks and the final norm on x (B, T, C) in C, in place, behind what the cache holds. Returns False, and
+    does nothing, where C does not apply: attach_c has not allowed it, 8 rows or more, gradients, a hook.
     Layers that are replaced in the middle of a text are not seen."""
     B, T, _ = x.shape
     if not cache.in_c or B * T >= 8 or torch.is_grad_enabled() or body.training or not in_c(x, None):
@@ -1085,7 +1085,7 @@ def widened(x):
 def set_threads(count):
     """Makes PyTorch and KERNELS compute with `count` threads."""
     torch.set_num_threads(count)
-    if hasattr(library := kernels()[0], "omp_set_num_threads"):        # some builds of PyTorch bring an OpenMP of their own
+    if hasattr(library := kernels()[0], "omp_set_num_threads"):      # some builds of PyTorch have their own OpenMP
         library.omp_set_num_threads(count)
 
 
@@ -1546,8 +1546,8 @@ def config_from_hub(hub):
     switches = hub.get("switches") or {}              # what the family's format cannot say: see config_to_hub
     unknown = sorted(switches.keys() - {f.name for f in dataclasses.fields(Config)})
     if unknown:
-        raise UserError(f"config.json sets {', '.join(unknown)}, which Config in this model.py does not have: the model "
-                        "was written by a changed model.py, and only that one opens it")
+        raise UserError(f"config.json sets {', '.join(unknown)}, which Config in this model.py does not have: the "
+                        "model was written by a changed model.py, and only that one opens it")
     if hub.get("slm_format", FORMAT) > FORMAT:
         raise UserError(f"this model was written by a newer version (format {hub['slm_format']}, known: {FORMAT}); "
                         "update this code")
@@ -1572,12 +1572,13 @@ def config_from_hub(hub):
     usual = dict(num_key_value_heads=found["num_attention_heads"], intermediate_size=4 * found["hidden_size"],
                  head_dim=found["hidden_size"] // found["num_attention_heads"])
     fields = {k: found[k] for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act") if k in found}
-    return Config(**{**usual, **fields, **family.switches(found), "model_type": name, "rope": rope, **switches}, hub=hub)
+    return Config(**{**usual, **fields, **family.switches(found), "model_type": name, "rope": rope, **switches},
+                  hub=hub)
 
 
 def config_to_hub(config):
-    """config.json as a dict: what was read, with today's shapes. Fields of Config that would come back as another value,
-    as the family's format has no word for them, stand as they are under "switches"."""
+    """config.json as a dict: what was read, with today's shapes. Fields of Config that would come back as another
+    value, as the family's format has no word for them, stand as they are under "switches"."""
     hub = family_config(config)
     read = config_from_hub(hub)
     switches = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
@@ -1746,8 +1747,8 @@ def save(model, directory, tokenizer=None, extra=None, state=None):
     try:
         json.dumps(config)
     except TypeError as error:
-        raise UserError(f"config.json cannot hold this model's Config ({error}): give its fields numbers, texts, lists or "
-                        "dicts") from None
+        raise UserError(f"config.json cannot hold this model's Config ({error}): give its fields numbers, texts, lists "
+                        "or dicts") from None
     if tokenizer is not None:
         config.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
     config.update(history=model.history, dtype=str(model.dtype)[6:], **({"exits": model.exits} if model.exits else {}))

@@ -12,8 +12,8 @@
 
 Text goes to standard output as it is made; what was chosen and how fast it went goes to standard error.
 """
-import array, codecs, collections, contextlib, copy, ctypes, dataclasses, functools, json, math, os, re, statistics, string
-import subprocess, sys, time
+import array, codecs, collections, contextlib, copy, ctypes, dataclasses, functools, json, math, os, re, statistics
+import string, subprocess, sys, time
 from pathlib import Path
 
 import torch
@@ -393,8 +393,8 @@ def continuations(model, tokenizer, prompt, samples=1, seed=None, write=generate
 
 
 class Threads:
-    """The number of threads of a CPU with which steps, of training or a token each, are fastest now: while another program
-    holds a core, two threads that wait for each other are slower than one alone.
+    """The number of threads of a CPU with which steps, of training or a token each, are fastest now: while another
+    program holds a core, two threads that wait for each other are slower than one alone.
 
     options  numbers to choose from, the largest first; a single one is never changed
     A trial runs the next steps with each option in turn. There is one when steps take twice as long as before, and now
@@ -983,7 +983,7 @@ def arguments(argv):
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that reach this sum")
     parser.add_argument("--min-p", type=float, default=0.0, help="drop tokens less likely than this times the first")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: seen tokens become less likely")
-    parser.add_argument("--threads", type=int, default=0, help="of a CPU (default: the number that is fastest, followed)")
+    parser.add_argument("--threads", type=int, default=0, help="of a CPU (default: the number that is fastest now)")
     group = parser.add_argument_group("two models, or parts of one", "tokens are guessed and checked several at once: "
                                       "the same text, sooner where guesses are good; or a larger model helps")
     together = group.add_mutually_exclusive_group()
@@ -1034,8 +1034,8 @@ def arguments(argv):
     if args.smoke:
         args.max_new_tokens = min(args.max_new_tokens, 20)
     for name, least, most in (("max_new_tokens", 1, None), ("samples", 1, None), ("temperature", 0, None),
-                              ("answers", 0, None), ("self_draft", 0, None), ("threads", 0, 1024), ("top_k", 0, None), ("top_p", 1e-6, 1),
-                              ("min_p", 0, 1), ("repetition_penalty", 1e-6, None)):
+                              ("answers", 0, None), ("self_draft", 0, None), ("threads", 0, 1024), ("top_k", 0, None),
+                              ("top_p", 1e-6, 1), ("min_p", 0, 1), ("repetition_penalty", 1e-6, None)):
         value = getattr(args, name)
         if not least <= value <= (most or math.inf):
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}" +

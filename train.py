@@ -223,38 +223,36 @@ def tuned(machine, cfg, model, batches, loss_fn):
     stays. Model and loss are afterwards what they were."""
     if machine.device.type != "cpu":
         return machine
-    forced = {name: os.environ.get("SLM_TEST_" + name.upper()) for name in ("dtype", "threads")}       # tests set them
+    forced = {name: os.environ.get("SLM_TEST_" + name, "") for name in ("THREADS", "DTYPE")}           # tests set them
     most, kept = torch.get_num_threads(), read_state(cfg.out) if cfg.resume else {}
-    asked = cfg.threads or int(forced["threads"] or 0) or (most if machine.size > 1 else 0)
-    threads = sample.Threads([asked] if asked else sample.halvings(most), asked or kept.get("threads", 0))
-    dtype = machine.dtype if cfg.dtype != "auto" else DTYPES[forced["dtype"] or kept.get("dtype") or "auto"]
-    share = cfg.batch_size // machine.size
-    cfg = dataclasses.replace(cfg, batch_size=max(1, min(share, 8192 // cfg.context)))
-    if dtype is not None and (asked or kept.get("threads")):
-        text = "as before" if kept else "as asked"
-    else:
-        dtypes = [dtype or torch.float32]
-        if dtype is None and matmul_rate(
-                machine.device, torch.bfloat16, 256) > matmul_rate(machine.device, torch.float32, 256):  # not emulated
-            dtypes.append(torch.bfloat16)
-        counts = [threads.count] if asked or kept.get("threads") else threads.options
-        machines = {(n, t): machine._replace(dtype=t, rank=0, size=1, threads=sample.Threads([n])) for n in counts for t in dtypes}
-        seconds = timed_steps(model, batches, loss_fn, cfg, machines, 0.3 if cfg.smoke else 2.5) if len(machines) > 1 else None
-        best, text = (counts[0], dtypes[0]), ""
+    count = cfg.threads or int(forced["THREADS"] or 0) or (most if machine.size > 1 else 0)            # 0: to be found
+    threads = sample.Threads([count] if count else sample.halvings(most), count or kept.get("threads", 0))
+    counts = [threads.count] if count or kept.get("threads") else threads.options
+    dtypes = [DTYPES[cfg.dtype if cfg.dtype != "auto" else forced["DTYPE"] or kept.get("dtype") or "auto"]]
+    if dtypes == [None]:
+        slow, fast = (matmul_rate(machine.device, t, 256) for t in (torch.float32, torch.bfloat16))
+        dtypes = [torch.float32] + [torch.bfloat16] * (fast > slow)                                    # else emulated
+    best, text = (counts[0], dtypes[0]), " (as before)" if kept else ""
+    if len(counts) * len(dtypes) > 1:
+        options = {(n, t): machine._replace(dtype=t, rank=0, size=1, threads=sample.Threads([n]))
+                   for n in counts for t in dtypes}
+        quick = dataclasses.replace(cfg, batch_size=max(1, min(cfg.batch_size // machine.size, 8192 // cfg.context)))
+        seconds = timed_steps(model, batches, loss_fn, quick, options, seconds=0.3 if cfg.smoke else 2.5)
+        text = " (a step takes too long to try others)"
         if seconds:
-            rates = {option: cfg.batch_size * cfg.context / statistics.fmean(times) for option, times in seconds.items()}
-            best = max(rates, key=rates.get)
-            text = "; ".join(f"{n} thread{'s' * (n > 1)}: " + ", ".join(
+            rates = {option: quick.batch_size * cfg.context / statistics.fmean(seconds[option]) for option in options}
+            best, text = max(rates, key=rates.get), "; ".join(f"{threads_of(n)}: " + ", ".join(
                 f"{str(t)[6:]} {rates[n, t]:,.0f} tokens/s" for t in dtypes) for n in counts)
-            text = f"steps were timed: {text}"
-        elif len(machines) > 1:
-            text = "a step takes too long to time several"
-        threads.count, dtype = from_first(best)
-    threads.use(threads.count)
-    machine = machine._replace(dtype=dtype, threads=threads)
-    say(machine, f"device cpu, {threads.count} thread{'s' * (threads.count > 1)}" +
-        (f", {machine.size} processes" if machine.size > 1 else "") + f"; {str(dtype)[6:]}" + f" ({text})" * bool(text))
-    return machine
+            text = f" (steps were timed: {text})"
+    count, dtype = from_first(best)
+    threads.use(count)
+    say(machine, f"device cpu, {threads_of(count)}" + (f", {machine.size} processes" if machine.size > 1 else "") +
+        f"; {str(dtype)[6:]}{text}")
+    return machine._replace(dtype=dtype, threads=threads)
+
+
+def threads_of(n):
+    return f"{n} thread{'s' * (n > 1)}"
 
 
 def say(machine, text):
@@ -532,8 +530,8 @@ def lr_at(step, total, cfg, origin=(0, 0.0)):
 
 
 def share_done(step, total, origin=(0, 0.0)):
-    """The share of a run's schedule that is behind `step` steps of `total`. origin: (step, share) at which the total was
-    last changed while the learning rate was falling: it falls on from there, faster or more slowly."""
+    """The share of a run's schedule that is behind `step` steps of `total`. origin: (step, share) at which the total
+    was last changed while the learning rate was falling: it falls on from there, faster or more slowly."""
     begun, share = origin
     return share + (1 - share) * (step - begun) / (total - begun)
 
@@ -545,7 +543,7 @@ def evaluations(step, total, origin, cfg):
 
 def new_origin(step, planned, total, origin, falling):
     """The origin of a run of `planned` steps that has `total` from now on. Where the rate falls, or would jump down, it
-    goes on from the rate that it has; where it has not fallen, a longer run is one of that length from the beginning."""
+    goes on from where it is; where it has not fallen yet, a longer run is one of that length from the beginning."""
     return (step, share_done(step, planned, origin)) if planned and (falling or total < planned) else origin
 
 
@@ -604,9 +602,9 @@ def train_step(step, forward, batches, optimizers, scaler, cfg, machine):
 
 
 def timed_steps(model, batches, loss_fn, cfg, machines, seconds=2.5, rounds=1):
-    """{name: seconds of each step} by real steps on `machines` ({name: Machine} of this process alone), which take turns
-    for `seconds`, and for `rounds` at least. None if the first step alone takes longer than `seconds`. The first step of
-    each turn is not counted. Model and loss are afterwards what they were."""
+    """{name: seconds of each step}: real steps on `machines` ({name: Machine} of this process alone), which take turns
+    for `seconds`, and for `rounds` at least; the first step of a turn is not counted. None if the very first step takes
+    longer than `seconds`. Model and loss are afterwards what they were."""
     kept = [(m, copy.deepcopy(m.state_dict())) for m in (model, loss_fn) if isinstance(m, nn.Module)]
     forward, optimizers, training = ModelAndLoss(model, loss_fn), make_optimizers(model, loss_fn, cfg), model.training
     scaler = torch.amp.GradScaler(enabled=False)
@@ -632,7 +630,8 @@ def timed_steps(model, batches, loss_fn, cfg, machines, seconds=2.5, rounds=1):
         model.train(training)
 
 
-def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, eval_cost=0.0, reading=0, after_step=None):
+def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, eval_cost=0.0, reading=0,
+        after_step=None):
     """Trains `model` in place and keeps cfg.out; returns the figures of the last evaluation.
 
     batches(first, count)    rows first ... first + count - 1 of the training stream, as a Batch
@@ -759,8 +758,8 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         if step in again:
             total = again[step].get("total", total)
         elif not cfg.steps and is_due(step, total, fell, cfg):
-            total = plan(step, total, seconds, statistics.fmean(itertools.islice(reversed(durations), 20)) if fell else statistics.median(durations),
-                         eval_cost, cfg, machine, origin if fell else None)
+            a_step = statistics.fmean(list(durations)[-20:]) if fell else statistics.median(durations)
+            total = plan(step, total, seconds, a_step, eval_cost, cfg, machine, origin if fell else None)
         if total != planned:
             origin = new_origin(step, planned, total, origin, fell)
             bar.total = total
@@ -779,7 +778,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         bar.update()
         if bar.disable and time.perf_counter() - shown > 30:                 # a file or a pipe has lines instead
             shown = time.perf_counter()
-            say(machine, f"step {step}" + (f" of {total}" if total else "") + f": loss {loss:.3f}, {rate:,.0f} tokens/s")
+            say(machine, f"step {step}" + f" of {total}" * bool(total) + f": loss {loss:.3f}, {rate:,.0f} tokens/s")
         due = machine.rank == 0 and time.perf_counter() - saved > cfg.save_seconds
         stop, due = map(bool, all_sum(machine, torch.tensor([float(wanted.stop), float(due)])))
         passed, before_it = evaluations(step, total, origin, cfg), passed
@@ -798,13 +797,13 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
             rate, since = since[0] * positions / since[1], (0, 0.0)
             busy = 3 * model.flops_per_token(cfg.context) * rate / products[0] / machine.size
             mean = learned[0] / max(1, learned[1])
-            say(machine, f"step {step} of {total}, {seconds:.0f} s: loss {mean:.4f} in training, {figures['loss']:.4f} in "
-                f"validation, perplexity {figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits per byte; "
+            say(machine, f"step {step} of {total}, {seconds:.0f} s: loss {mean:.4f} in training, {figures['loss']:.4f} "
+                f"in validation, perplexity {figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits per byte; "
                 f"{rate:,.0f} tokens/s" + f", {busy:.0%} of the matmul rate" * (machine.threads.count == products[1]))
             if figures["loss"] > before[1] and mean < before[0]:
-                say(machine, "the validation loss rises while the training loss falls: the model learns its text by heart. "
-                    f"{out / 'best'} keeps the model with the lowest validation loss; more text, fewer steps or --dropout "
-                    "0.1 help")
+                say(machine, "the validation loss rises while the training loss falls: the model learns its text by "
+                    f"heart. {out / 'best'} keeps the model with the lowest validation loss; more text, fewer steps or "
+                    "--dropout 0.1 help")
             before, learned = (mean, figures["loss"]), [0.0, 0]
             if figures["loss"] < best:
                 best = figures["loss"]
@@ -1128,8 +1127,8 @@ def show_scale(cfg, tokenizer, val):
     text = tokenizer.decode_bytes(val.tokens[:2 ** 18].tolist())
     squeezed = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(1, len(text))
     made = read_json(whole(cfg.out) / "config.json")["history"][-1]
-    print(f"bits per byte: 8 where nothing is known, {squeezed:.2f} by xz -9e on {len(text) / 1e6:.1f} MB of this validation "
-          f"text, {made['val_bits_per_byte']:.2f} by this model; {Path(cfg.out) / 'loss.png'} has the curve")
+    print(f"bits per byte: 8 where nothing is known, {squeezed:.2f} by xz -9e on {len(text) / 1e6:.1f} MB of this "
+          f"validation text, {made['val_bits_per_byte']:.2f} by this model; {Path(cfg.out) / 'loss.png'} has the curve")
 
 
 @one_voice()

@@ -2,7 +2,7 @@
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
-import dataclasses, errno, json, shutil
+import dataclasses, errno, json, re, shutil
 
 import numpy as np
 import torch
