@@ -310,11 +310,12 @@ TRANSFER = ("--steps", 5, "--context", 160, "--hidden", "cosine", "--attention-w
 
 def test_accumulation_and_two_processes_are_one_batch(qa_teacher, examples, tmp_path):
     """Masked prompts, learned projections, rows the student writes: all in the mean over the whole step's tokens."""
-    go(qa_teacher, examples, tmp_path / "one", *TRANSFER)
-    go(qa_teacher, examples, tmp_path / "micro", *TRANSFER, "--micro-batch", 1)
+    exact = (*TRANSFER, "--dtype", "float32")                                          # bfloat16 rounds otherwise
+    go(qa_teacher, examples, tmp_path / "one", *exact)
+    go(qa_teacher, examples, tmp_path / "micro", *exact, "--micro-batch", 1)
     close_runs(tmp_path / "one", tmp_path / "micro")
     r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "distill.py",
-                        *map(str, (qa_teacher, "--data", examples, "--out", tmp_path / "two", *RUN, *TRANSFER))],
+                        *map(str, (qa_teacher, "--data", examples, "--out", tmp_path / "two", *RUN, *exact))],
                        capture_output=True, text=True, encoding="utf-8", cwd=ROOT, timeout=300)
     assert r.returncode == 0, r.stderr
     close_runs(tmp_path / "one", tmp_path / "two")

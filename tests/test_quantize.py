@@ -290,6 +290,7 @@ def test_qat(root, tmp_path, name, step, monkeypatch, capsys):
         kept["best"] = shutil.copytree(tmp_path / "q.stages" / (step.replace(":", "-") + ".run") / "best", tmp_path / "best")
         return figures
 
+    monkeypatch.setenv("SLM_TEST_DTYPE", "float32")               # below the scores are compared to 1e-4
     train_fit = train.fit
     monkeypatch.setattr(compress.train, "fit", fit)
     run(root / name, step, "--qat-steps", 30, "--lr", "1e-3", "--out", tmp_path / "q")
