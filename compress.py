@@ -60,7 +60,7 @@ Biases, norms and learned positions stay float. All other steps write a model di
 quantized layers multiply in C, compiled once (model.py, KERNELS): generation is faster than dense. Without a compiler,
 and on a GPU, each use dequantizes the weights, and it is slower; --measure and sample.py say which it was.
 """
-import collections, contextlib, copy, difflib, hashlib, heapq, itertools, json, math, platform, re, shlex, shutil, sys
+import collections, contextlib, copy, difflib, hashlib, heapq, itertools, json, math, os, platform, re, shlex, shutil, sys
 import tempfile, time, types, typing
 from pathlib import Path
 
@@ -71,14 +71,15 @@ from torch import nn
 from tqdm import tqdm
 
 import distill, sample, train
-from data import Parser, UserError, heldout, replacing_file, run, settle, write_json
+from data import (MODEL, REPORT, Parser, UserError, heldout, refuse_foreign, remove_tree, replacing_file, run, settle,
+                  write_json)
 from data.export import GGUF_STORED, GGUF_TYPES, import_gguf, write_gguf
 from data.loader import IGNORE, Batch, Windows
 from data.prepare import encode_example, find
 from data.tokenizer import Tokenizer
 from data.tokenizer import pairs as merge_pairs
 from model import (FAMILIES, LAYERS, SIZES, LowRankLinear, QuantLinear, Transformer, absmax_scales,
-                   checkpoint_hash, dequantized, load, minmax_grid, model_name, read_json, refuse_foreign, rounded,
+                   checkpoint_hash, dequantized, load, minmax_grid, model_name, read_json, rounded,
                    save, whole)
 
 
@@ -840,7 +841,7 @@ def fine_tune(model, tokenizer, step, said, args, loss_of, steps, finished=lambd
                         f"data: make it so with python data/prepare.py --input {source} --tokenizer {args.model} "
                         "--name NAME")
     rates = {**train.FINE_TUNE, **dict.fromkeys(("lr", "embed_lr", "matrix_lr"), args.lr)}
-    cfg = distill.DistillConfig(**rates, **settings, out=str(run_dir), resume=any(run_dir.glob("last*/config.json")),
+    cfg = distill.DistillConfig(**rates, **settings, out=str(run_dir), resume=train.is_saved(run_dir / "last"),
                                 steps=steps, context=context, seed=args.seed,
                                 eval_tokens=2048 if args.smoke else 131072)
     windows, val = (Windows(source, split, context) for split in ("train", "val"))
@@ -1283,7 +1284,8 @@ def open_stages(directory, args, more=()):
     """
     note = directory / "chain.json"
     wanted = {"model": checkpoint_hash(args.model), **{name: getattr(args, name) for name in (*SETTINGS, *more)}}
-    if directory.exists() and not note.exists() and (directory.is_file() or any(directory.iterdir())):
+    left = {".chain.json.new", "chain.json.new"}                 # by a kill
+    if directory.exists() and not note.exists() and (directory.is_file() or {*os.listdir(directory)} - left):
         raise UserError(f"{directory}, where the stages of a chain are kept, holds something else: give another --out")
     if note.exists() and args.resume:
         begun = read_json(note)
@@ -1294,7 +1296,7 @@ def open_stages(directory, args, more=()):
         return
     if note.exists() and not args.overwrite:
         raise UserError(f"{directory} holds stages of a chain: go on with --resume, or begin anew with --overwrite")
-    shutil.rmtree(directory, ignore_errors=True)
+    remove_tree(directory)
     directory.mkdir(parents=True)
     write_json(note, wanted)
 
@@ -1302,7 +1304,7 @@ def open_stages(directory, args, more=()):
 def make(steps, args, stages, out=None):
     """(model, tokenizer) that `steps` make of args.model. Each stage is saved in directory `stages` under the name of
     the chain so far (the last in `out` if there is one), and those that are there already are not made again."""
-    places = [settle(stages / written(steps[:n]), "config.json") for n in range(1, len(steps) + 1)]
+    places = [settle(stages / written(steps[:n]), MODEL) for n in range(1, len(steps) + 1)]
     done = next((n for n in range(len(places) - bool(out), 0, -1) if (places[n - 1] / "config.json").is_file()), 0)
     source = places[done - 1] if done else whole(args.model)
     parent = {} if done else {"parent": {"name": model_name(source), "sha256": checkpoint_hash(source)}}
@@ -1425,13 +1427,26 @@ def scored_text(args, tokenizers, history, context):
     return f"{protocol}, {windows}", batches
 
 
+def is_report(file):
+    """Whether results.jsonl is one that write_lines wrote."""
+    try:
+        with open(file, encoding="utf-8") as lines:
+            row = json.loads(lines.readline())
+        return isinstance(row, dict) and {"protocol", "sha256"} <= row.keys()
+    except (OSError, ValueError):
+        return False
+
+
 def check_report(args):
     """Raises UserError if the report cannot be written to --out, or must not be."""
     out = Path(args.out)
     if out.is_file() or (out / "config.json").exists():
         raise UserError(f"--out {out} is a {'file' if out.is_file() else 'model'}; the report is three files in a "
                         "directory: give another name")
-    if (out / "results.jsonl").exists() and not args.overwrite:
+    foreign = next((name for name in sorted(REPORT) if (out / name).exists()), None)
+    if foreign and not is_report(out / "results.jsonl"):
+        raise UserError(f"--out {out} holds {foreign}, which is not of a report that compress.py wrote: give another name")
+    if foreign and not args.overwrite:
         raise UserError(f"--out {out} holds a report already: give another name or --overwrite")
     check_writable(out)
 
@@ -1812,7 +1827,11 @@ def check_out(out, source, is_file, overwrite):
     if not is_file and out.is_dir():
         if out.resolve() == source.resolve():
             raise UserError(f"--out {out} is the model that is read: give another directory")
-        refuse_foreign(out)
+        refuse_foreign(out, MODEL)
+    if is_file and out.is_file() and overwrite and out.stat().st_size:
+        with open(out, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"--out {out} is there and is no GGUF file: give another name")
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} is there already: give another name or --overwrite")
     check_writable(out)
@@ -1893,7 +1912,7 @@ def main(argv=None):
               f"{resident / 1e6:,.1f} MB in memory: {8 * resident / parameters:.2f} bits per weight, scales and all")
     del model
     if kept:
-        shutil.rmtree(stages, ignore_errors=True)
+        remove_tree(stages)
 
 
 @contextlib.contextmanager

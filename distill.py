@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 import sample, train
-from data import UserError, replacing, run, sync, write_json
+from data import LABELS, UserError, refuse_foreign, replacing, replacing_file, run, sync, write_json
 from data.loader import IGNORE, Batch, Windows
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
@@ -312,7 +312,7 @@ def make_cache(directory, teacher, windows, header, cfg, machine, vocab_size):
             return top_k(probs, int((BYTES_A_TOKEN - 2) / 3))
         draws.append(draws_that_fit(probs))
         return systematic(probs, draws[-1], random)
-    with replacing(directory, "header.json") as new:
+    with replacing(directory, LABELS) as new:
         files = [open(new / f"{name}.bin", "wb") for name in ("lengths", "ids", "counts", "offsets")]
         for batch in tqdm(windows.evaluation_batches(rows, once=False), total=-(-len(windows.windows) // rows),
                           desc="teacher", unit="batch", disable=None, leave=False):
@@ -380,6 +380,8 @@ def open_cache(cfg, teacher, its_hash, windows, tokenizer, machine, timed):
     """(the Cache of this run, the windows it is for): the one that is there, if it is of this teacher and text, or a
     new one. Without --pool it is as large as lets the run read it --passes times in its time."""
     directory, size = Path(cfg.cache_dir or Path(cfg.out) / "cache"), cfg.batch_size * cfg.context
+    if machine.rank == 0:
+        refuse_foreign(directory, LABELS, "--cache-dir")
     there = read_json(directory / "header.json") if (directory / "header.json").is_file() else {}
     if not cfg.pool and not there:
         a_token = label_seconds(teacher, windows, machine, tokenizer.vocab_size)
@@ -521,7 +523,8 @@ def write_samples(cfg, teacher, its_tokenizer, windows, tokenizer):
             break
     bar.close()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "samples.jsonl").write_text("".join(texts), encoding="utf-8")
+    with replacing_file(out / "samples.jsonl") as new:
+        new.write_text("".join(texts), encoding="utf-8")
     prepare(inputs=[out / "samples.jsonl"], out=out / "samples", tokenizer=tokenizer, overwrite=True)
 
 
@@ -575,7 +578,8 @@ def report(cfg, machine, models, val, tokenizer, cached):
         won = control - ours["bits_per_byte"]
         lines += ["", f"The teacher was worth its cost: {won:.4f} bits per byte below the control." if won > 0 else
                       f"The teacher was not worth its cost: {-won:.4f} bits per byte above the control."]
-    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with replacing_file(out / "report.md") as new:
+        new.write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(out / "report.json", {"models": rows, "config": dataclasses.asdict(cfg)})
     print("\n" + "\n".join(lines))
     try:
@@ -597,7 +601,8 @@ def report(cfg, machine, models, val, tokenizer, cached):
     ax.set(xlabel="seconds of training, evaluation and teacher", ylabel="validation, bits per byte", title=out.name)
     ax.legend()
     ax.grid(alpha=0.3)
-    fig.savefig(out / "report.png", dpi=120)
+    with replacing_file(out / "report.png") as new:
+        fig.savefig(new, dpi=120, format="png")
     plt.close(fig)
 
 
@@ -713,11 +718,11 @@ def main(argv=None):
         entry["step_ms"] = [round(1000 * slow, 1), round(1000 * fast, 1)]
         train.say(machine, f"{cfg.steps:,} steps of {1000 * slow:.0f} ms; as long, the cache included, takes the "
                   f"control: {cfg.control_steps:,} of {1000 * fast:.0f} ms")
-    if cfg.overwrite and not cfg.resume and machine.rank == 0:               # fit does so with the student's
-        train.remove(out / "control")
     train.fit(student, batches, loss_fn, cfg, machine, entry=entry, **common)
+    if cfg.overwrite and not (cfg.resume or cfg.control) and machine.rank == 0:
+        train.remove(out / "control")                                        # of the run that this one has replaced
     if cfg.control:
-        begun = any((out / "control" / ("last" + end) / "config.json").is_file() for end in ("", ".new", ".old"))
+        begun = train.is_saved(out / "control" / "last")
         other = dataclasses.replace(cfg, out=str(out / "control"), steps=cfg.control_steps, resume=cfg.resume and begun)
         train.say(machine, "the control: the same student, by cross-entropy alone")
         control = train.open_model(other, given, tokenizer, machine) if other.resume else fresh

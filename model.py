@@ -10,8 +10,8 @@ directory opens here without renaming:
 
 Nothing here trains, samples or measures: see train.py and sample.py.
 """
-import contextlib, ctypes, dataclasses, errno, functools, hashlib, json, math, os, platform, shutil, subprocess, sys
-import tempfile
+import contextlib, ctypes, dataclasses, errno, functools, hashlib, json, math, os, platform, re, shutil
+import subprocess, sys, tempfile
 from pathlib import Path
 
 import torch
@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError, replacing, sync, write_json
+from data import MODEL, UserError, beside, named, refuse_foreign, replacing, sync, write_json
+from data.values import check_values
 
 FORMAT = 1                                  # of what we add to config.json; a newer one is refused by name
 COMPRESSED = "slm-compressed"               # model_type of a directory with layers that only this code knows
@@ -36,8 +37,23 @@ people, for medical, legal or financial advice, or for anything where a mistake 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "num_key_value_heads", "head_dim", "max_position_embeddings")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+SCALED = {"default": (), "linear": ("factor",), "longrope": ("factor", "short_factor", "original_max_position_embeddings"),
+          "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
+WINDOWS = ("full_attention", "sliding_attention")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
+
+# What Config and its `rope` may hold: a type, and of numbers the smallest and the largest (see check_values). They come
+# from files: a size that no model has must not take all memory, or begin a loop.
+FIELDS = {**dict.fromkeys(SIZES, (int, 1, 2 ** 24)), "num_hidden_layers": (int, 1, 10_000),
+          **dict.fromkeys(("tie_word_embeddings", "qk_norm", "qkv_bias", "o_bias", "mlp_bias", "gated", "layer_norm",
+                           "learned_positions"), (bool,)),
+          "rms_norm_eps": (float, 0, 1), "hidden_act": (str,), "sliding_window": (int, 0, 2 ** 40), "rope": (dict,)}
+ROPE_FIELDS = {"rope_type": (str,), "rope_theta": (float, 1e-3, 1e30), "partial_rotary_factor": (float, 0, 1),
+               **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (float, 1e-3, 1e6)),
+               "original_max_position_embeddings": (int, 2, 2 ** 24), "attention_factor": (float, 0, 1e6),
+               **dict.fromkeys(("short_factor", "long_factor"), ([float], 1e-3, 1e6))}
+LARGEST = 2 ** 31                           # elements of a tensor: Llama 3.1 405B's embedding has 2.1 billion
 
 
 @dataclasses.dataclass
@@ -69,18 +85,39 @@ class Config:
     hub: dict = dataclasses.field(default_factory=dict, repr=False)         # config.json as it was read
 
     def __post_init__(self):
-        for name in SIZES:
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
+        check_values(vars(self), FIELDS, "the model's shape")
+        check_values(self.rope, ROPE_FIELDS, "rotary positions", needed=ROPE)
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
                             f"num_key_value_heads ({self.num_key_value_heads})")
-        if int(self.head_dim * self.rope["partial_rotary_factor"]) % 2:
-            raise UserError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of channels")
         for name, value, known in (("hidden_act", self.hidden_act, ACTIVATIONS),
-                                   ("rope_type", self.rope["rope_type"], ("default", "linear", "llama3", "longrope"))):
+                                   ("rope_type", self.rope["rope_type"], SCALED)):
             if value not in known:
                 raise UserError(f"{name} {value!r} is not supported; supported: {', '.join(known)}")
+        kind, turned = self.rope["rope_type"], int(self.head_dim * self.rope["partial_rotary_factor"])
+        if turned % 2 or not turned:
+            raise UserError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of channels")
+        check_values(self.rope, ROPE_FIELDS, f"rope_type {kind!r}", needed=SCALED[kind])
+        if kind == "llama3" and self.rope["low_freq_factor"] >= self.rope["high_freq_factor"]:
+            raise UserError(f"low_freq_factor ({self.rope['low_freq_factor']}) must be below high_freq_factor "
+                            f"({self.rope['high_freq_factor']})")
+        for name in {"short_factor", "long_factor"} & self.rope.keys() if kind == "longrope" else ():
+            if len(self.rope[name]) != turned // 2:
+                raise UserError(f"{name} has {len(self.rope[name])} numbers; {turned} rotary channels need {turned // 2}")
+        if self.layer_types is not None:
+            check_values(vars(self), {"layer_types": ([str],)}, "the model's shape")
+            if len(self.layer_types) < self.num_hidden_layers or set(self.layer_types) - set(WINDOWS):
+                raise UserError(f"layer_types must name one of {', '.join(WINDOWS)} for each of "
+                                f"{self.num_hidden_layers} layers")
+        heads = self.num_attention_heads * self.head_dim
+        rows = {"vocab_size": self.vocab_size, "intermediate_size": self.intermediate_size,
+                "num_attention_heads * head_dim": heads}
+        if self.learned_positions:
+            rows["max_position_embeddings"] = self.max_position_embeddings
+        for name, n in rows.items():
+            if n * self.hidden_size > LARGEST:
+                raise UserError(f"{name} ({n:,}) times hidden_size ({self.hidden_size:,}) is more than the {LARGEST:,} "
+                                "numbers that a tensor may have: make one of them smaller")
 
     def window(self, layer):
         """How far back a layer sees, in tokens; 0: all the way."""
@@ -99,10 +136,10 @@ class Config:
             keep = ((turns - low) / (high - low)).clamp(0, 1)
             return f * (keep + (1 - keep) / r["factor"]), 1.0
         if r["rope_type"] == "longrope":              # the short factors only: our window ends where they do
-            window = self.max_position_embeddings
-            factor = r.get("factor") or self.hub["max_position_embeddings"] / window
-            scale = math.sqrt(1 + math.log(factor) / math.log(window)) if factor > 1 else 1.0
-            return f / torch.tensor(r["short_factor"], device="cpu"), r.get("attention_factor") or scale
+            stretch, scale = r["factor"], r.get("attention_factor")
+            if scale is None:
+                scale = math.sqrt(1 + math.log(max(1, stretch)) / math.log(r["original_max_position_embeddings"]))
+            return f / torch.tensor(r["short_factor"], device="cpu"), scale
         return f, 1.0
 
 
@@ -1475,6 +1512,9 @@ class Family:
     switches: callable                       # config.json (under our names) -> fields of Config
     renamed: dict = dataclasses.field(default_factory=dict)         # our name of a config field -> theirs
     unnamed: tuple = ()                      # config fields that follow from others there
+    defaults: dict = dataclasses.field(default_factory=dict)        # what transformers takes where a field is absent
+    rope_types: tuple = ("default", "linear", "llama3", "longrope")           # () for positions that are learned
+    partial: bool = False                    # whether transformers turns only a part of each head's channels
     tensors: tuple = ()                      # (their module, our modules that are fused in it, stored transposed?)
     prefixes: tuple = ()                     # (ours, theirs) for the other tensors
 
@@ -1485,7 +1525,7 @@ def llama(h):
 
 
 def mistral(h):
-    return dict(qk_norm=False, sliding_window=h.get("sliding_window", 0))
+    return dict(qk_norm=False)
 
 
 def qwen2(h):
@@ -1494,21 +1534,18 @@ def qwen2(h):
 
 def qwen3(h):
     bias = h.get("attention_bias", False)
-    return dict(qkv_bias=bias, o_bias=bias, head_dim=h.get("head_dim", 128), **qwen_window(h))
+    return dict(qkv_bias=bias, o_bias=bias, **qwen_window(h))
 
 
 def qwen_window(h):
     if not h.get("use_sliding_window"):               # a window may be written, and off
-        return {}
+        return dict(sliding_window=0)
     slides = [i >= h.get("max_window_layers", 28) for i in range(h["num_hidden_layers"])]
-    types = h.get("layer_types") or ["sliding_attention" if s else "full_attention" for s in slides]
-    return dict(sliding_window=h.get("sliding_window", 0), layer_types=types)
+    return dict(layer_types=h.get("layer_types") or [WINDOWS[s] for s in slides])
 
 
 def phi3(h):
-    rope = {**h, **(h.get("rope_scaling") or {}), **(h.get("rope_parameters") or {})}
-    short = {"max_position_embeddings": rope["original_max_position_embeddings"]} if "short_factor" in rope else {}
-    return dict(qk_norm=False, sliding_window=h.get("sliding_window", 0), **short)
+    return dict(qk_norm=False)
 
 
 def gpt2(h):
@@ -1516,20 +1553,24 @@ def gpt2(h):
         if h.get(name, usual) != usual:
             raise UserError(f"GPT-2 with {name} = {h[name]} is not supported")
     return dict(qk_norm=False, qkv_bias=True, o_bias=True, mlp_bias=True, gated=False, layer_norm=True,
-                learned_positions=True, tie_word_embeddings=h.get("tie_word_embeddings", True),
-                hidden_act=h.get("hidden_act", "gelu_new"), rms_norm_eps=h.get("rms_norm_eps", 1e-5))
+                learned_positions=True)
 
 
+QWEN = dict(max_position_embeddings=32768, intermediate_size=22016, num_key_value_heads=32, sliding_window=4096)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 FAMILIES = {
-    "qwen3": Family("Qwen3ForCausalLM", qwen3),
-    "qwen2": Family("Qwen2ForCausalLM", qwen2),
-    "llama": Family("LlamaForCausalLM", llama),
-    "mistral": Family("MistralForCausalLM", mistral),
-    "phi3": Family("Phi3ForCausalLM", phi3, tensors=(
+    "qwen3": Family("Qwen3ForCausalLM", qwen3, defaults=dict(QWEN, head_dim=128)),
+    "qwen2": Family("Qwen2ForCausalLM", qwen2, defaults=QWEN),
+    "llama": Family("LlamaForCausalLM", llama, defaults=dict(max_position_embeddings=2048, intermediate_size=11008)),
+    "mistral": Family("MistralForCausalLM", mistral, defaults=dict(
+        max_position_embeddings=131072, intermediate_size=14336, num_key_value_heads=8, sliding_window=4096)),
+    "phi3": Family("Phi3ForCausalLM", phi3, rope_types=("default", "longrope"), partial=True, defaults=dict(
+        max_position_embeddings=4096, original_max_position_embeddings=4096, intermediate_size=8192,
+        rms_norm_eps=1e-5), tensors=(
         ("self_attn.qkv_proj", QKV, False), ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), False))),
     "gpt2": Family(
-        "GPT2LMHeadModel", gpt2, unnamed=("num_key_value_heads", "head_dim"),
+        "GPT2LMHeadModel", gpt2, unnamed=("num_key_value_heads", "head_dim"), rope_types=(),
+        defaults=dict(max_position_embeddings=1024, tie_word_embeddings=True, hidden_act="gelu_new", rms_norm_eps=1e-5),
         renamed=dict(hidden_size="n_embd", intermediate_size="n_inner", num_hidden_layers="n_layer",
                      num_attention_heads="n_head", max_position_embeddings="n_positions",
                      rms_norm_eps="layer_norm_epsilon", hidden_act="activation_function"),
@@ -1541,10 +1582,44 @@ FAMILIES = {
 }
 
 
+# Other fields of config.json that are read; null is as good as absent.
+HUB_FIELDS = {"slm_format": (int, 0, 2 ** 31), **dict.fromkeys(("model_type", "base_model_type"), (str,)),
+              **dict.fromkeys(("switches", "rope_scaling", "rope_parameters"), (dict,)),
+              **dict.fromkeys(("compression", "history"), ([dict],)), "exits": ([int], 1, 10_000),
+              **dict.fromkeys(("use_sliding_window", "attention_bias", "mlp_bias", "scale_attn_weights",
+                               "scale_attn_by_inverse_layer_idx"), (bool,)),
+              "layer_types": ([str],), "max_window_layers": (int, 0, 2 ** 31), **ROPE_FIELDS, **FIELDS}
+ENTRY = {**dict.fromkeys(("step", "data", "data_sha256", "tokenizer"), (str,)), "seed": (int,), "batch_size": (int,),
+         "context": (int, 1, 2 ** 24), "val_bits_per_byte": (float,), **dict.fromkeys(("parent", "teacher"), (dict,))}
+
+
+def read_config(directory):
+    """config.json as a dict whose fields have the types and sizes that the scripts rely on. Raises UserError."""
+    path = Path(directory) / "config.json"
+    hub = read_json(path)
+    family = FAMILIES.get(str(hub.get("base_model_type") or hub.get("model_type")))
+    renamed = family.renamed if family else {}
+    check_values({k: v for k, v in hub.items() if v is not None},
+                 {renamed.get(k, k): rule for k, rule in HUB_FIELDS.items()}, path)
+    for i, entry in enumerate(hub.get("history") or []):
+        needed = ("step", "data") if "data_sha256" in entry else ("step",)
+        check_values(entry, ENTRY, f"{path}: history, entry {i}", needed=needed)
+    layers = hub.get(renamed.get("num_hidden_layers", "num_hidden_layers"))
+    if hub.get("layer_types") and len(hub["layer_types"]) != layers:
+        raise UserError(f"{path}: layer_types names {len(hub['layer_types'])} layers, but there are {layers}")
+    method = hub.get("quantization_config") or hub.get("compression_config")
+    if method:
+        method = method.get("quant_method") if isinstance(method, dict) else None
+        raise UserError(f"{path} has quantization_config{f' ({method})' if method else ''}: weights in that form are not "
+                        "read here; take the model before it was quantized, or write it with transformers: "
+                        "model.dequantize().save_pretrained(NEW_DIR)")
+    return hub
+
+
 def config_from_hub(hub):
     """The Config of a parsed config.json. Raises UserError for a family or a setting this code does not have."""
     switches = hub.get("switches") or {}              # what the family's format cannot say: see config_to_hub
-    unknown = sorted(switches.keys() - {f.name for f in dataclasses.fields(Config)})
+    unknown = sorted(switches.keys() - {f.name for f in dataclasses.fields(Config)} | switches.keys() & {"hub", "model_type"})
     if unknown:
         raise UserError(f"config.json sets {', '.join(unknown)}, which Config in this model.py does not have: the "
                         "model was written by a changed model.py, and only that one opens it")
@@ -1561,19 +1636,51 @@ def config_from_hub(hub):
         raise UserError(f"model_type {name!r} is not supported; {supported}")
     family = FAMILIES[name]
     ours = {theirs: k for k, theirs in family.renamed.items()}
-    found = {ours.get(k, k): v for k, v in hub.items() if v is not None}
+    found = {ours.get(k, k): v for k, v in hub.items()}
+    absent = {k: v for k, v in family.defaults.items() if k not in found}
+    found = {**absent, **{k: v for k, v in found.items() if v is not None}}
     missing = [family.renamed.get(k, k) for k in SIZES[:4] if k not in found]
     if missing:
         raise UserError(f"config.json lacks {', '.join(missing)}")
-    rope = {**(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}       # transformers 4 and 5
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    rope = {**ROPE, **{k: found[k] for k in ROPE if k in found}, **rope,
-            "rope_type": "longrope" if kind == "su" else kind}
     usual = dict(num_key_value_heads=found["num_attention_heads"], intermediate_size=4 * found["hidden_size"],
-                 head_dim=found["hidden_size"] // found["num_attention_heads"])
-    fields = {k: found[k] for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act") if k in found}
-    return Config(**{**usual, **fields, **family.switches(found), "model_type": name, "rope": rope, **switches},
-                  hub=hub)
+                 head_dim=found["hidden_size"] // found["num_attention_heads"],
+                 max_position_embeddings=family.defaults["max_position_embeddings"])
+    fields = {k: found[k] for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act", "sliding_window")
+              if k in found}
+    if name not in ("mistral", "phi3") and not name.startswith("qwen"):
+        fields.pop("sliding_window", None)            # transformers has none there
+    fields = {**usual, **fields}
+    rope = dict(ROPE) if "rope" in switches else rope_from_hub(found, family, fields["max_position_embeddings"])
+    if rope["rope_type"] == "longrope":               # its long factors begin behind the first window: we end there
+        fields["max_position_embeddings"] = min(fields["max_position_embeddings"],
+                                                rope["original_max_position_embeddings"])
+    return Config(**{**fields, **family.switches(found), "model_type": name, "rope": rope, **switches}, hub=hub)
+
+
+def rope_from_hub(found, family, window):
+    """Config's `rope` of a config.json under our names, as transformers 5 reads it. Raises UserError for what the
+    family's model there does not have: it is ignored, or computed in another way."""
+    if not family.rope_types:
+        return dict(ROPE)
+    rope = found.get("rope_scaling") or found.get("rope_parameters") or {}                # transformers 4 and 5
+    rope = {**ROPE, **{k: found[k] for k in ("rope_theta", "partial_rotary_factor") if k in found},
+            **{k: v for k, v in rope.items() if v is not None}}
+    kind = rope["rope_type"] if "type" not in rope or rope["rope_type"] != "default" else rope["type"]
+    rope["rope_type"] = kind = "longrope" if family.partial and kind in ("su", "yarn") else kind       # Phi-3's old names
+    if kind not in family.rope_types:
+        raise UserError(f"rope_type {kind!r} is not supported in {family.architecture}; supported: "
+                        f"{', '.join(family.rope_types)}")
+    nested = [k for k, v in rope.items() if isinstance(v, dict)]
+    if nested or rope["partial_rotary_factor"] != 1 and not family.partial:
+        raise UserError(f"{family.architecture} has no rotary positions with {(nested or ['partial_rotary_factor'])[0]}; "
+                        "take it out of config.json if the model was trained without it")
+    if kind in ("llama3", "longrope"):
+        first = found if "original_max_position_embeddings" in family.defaults else rope
+        rope["original_max_position_embeddings"] = first.get("original_max_position_embeddings", window)
+    if kind == "longrope":
+        check_values(rope, ROPE_FIELDS, "config.json")
+        rope.setdefault("factor", window / rope["original_max_position_embeddings"])
+    return rope
 
 
 def config_to_hub(config):
@@ -1592,7 +1699,11 @@ def family_config(config):
     skip = (*family.unnamed, *(["max_position_embeddings"] if config.rope["rope_type"] == "longrope" else []))
     fields = {family.renamed.get(k, k): getattr(config, k)
               for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act") if k not in skip}
-    new = dict(rope_parameters=config.rope, rope_theta=config.rope["rope_theta"], attention_bias=False, use_cache=True)
+    rope = config.rope if (config.rope["rope_type"] in family.rope_types
+                           and (family.partial or config.rope["partial_rotary_factor"] == 1)) else ROPE
+    new = dict(rope_parameters=rope, rope_theta=rope["rope_theta"], attention_bias=False, use_cache=True)
+    if config.model_type == "mistral":                # absent, it would be 4,096
+        new["sliding_window"] = config.sliding_window or None
     kept = {k: v for k, v in config.hub.items() if k not in ("auto_map", "torch_dtype", "exits", "card", "sampling")}
     kept = kept or new
     return {"architectures": [family.architecture], "model_type": config.model_type, **kept, **fields,
@@ -1638,11 +1749,13 @@ def to_theirs(tensors, family):
 
 @contextlib.contextmanager
 def disk_full(directory, wanted):
-    """Turns what safetensors and torch.save raise on a full disk into the OSError that it is."""
+    """Turns what safetensors and torch.save raise where a file cannot be written into the OSError that it is."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        if shutil.disk_usage(directory).free < wanted:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from None
+        if shutil.disk_usage(directory).free < wanted or "failed writing file" in str(error):
             raise OSError(errno.ENOSPC, f"no space left while writing ({error})") from None
         raise
 
@@ -1650,9 +1763,9 @@ def disk_full(directory, wanted):
 def whole(path):
     """The directory that holds the model at `path`: itself, what an interrupted save left beside it, or, for a training
     run, its best/ or last/. Raises UserError if there is none."""
-    path = Path(path) if Path(path).name else Path(path).resolve()         # "." has no name to put .new behind
+    path = named(path)
     for base in (path, path / "best", path / "last"):
-        for candidate in (base, base.with_name(base.name + ".new"), base.with_name(base.name + ".old")):
+        for candidate in (base, beside(base, "new"), beside(base, "old")):
             if (candidate / "config.json").is_file():      # it is written last
                 return candidate
     raise UserError(f"there is no model in {path}: no config.json in it, nor in its best/ or last/" if path.exists()
@@ -1742,7 +1855,6 @@ def save(model, directory, tokenizer=None, extra=None, state=None):
 
     Raises UserError if `directory` holds something that is not a model, which it would replace.
     """
-    refuse_foreign(directory)
     config = config_to_hub(model.config)
     try:
         json.dumps(config)
@@ -1761,7 +1873,7 @@ def save(model, directory, tokenizer=None, extra=None, state=None):
         config.update(compression=model.compression)
     else:
         tensors = to_theirs(tensors, FAMILIES[model.config.model_type])
-    with replacing(directory, "config.json") as new, disk_full(new, sum(t.nbytes for t in tensors.values())):
+    with replacing(directory, MODEL) as new, disk_full(new, sum(t.nbytes for t in tensors.values())):
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(new, model_max_length=model.config.max_position_embeddings)
@@ -1775,13 +1887,6 @@ def save(model, directory, tokenizer=None, extra=None, state=None):
             sync(file)
         shutil.copymode(new / "README.md", new / "model.safetensors")      # safetensors lets nobody else read it
         write_json(new / "config.json", config)
-
-
-def refuse_foreign(directory):
-    """Raises UserError if a directory holds something that is not a model: a save would replace it."""
-    directory = Path(directory)
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").exists():
-        raise UserError(f"{directory} is there and holds something else than a model: give another directory")
 
 
 def model_name(path):

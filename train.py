@@ -19,12 +19,12 @@ from torch import nn
 from tqdm import tqdm
 
 import sample
-from data import Parser, UserError, run
+from data import MODEL, Parser, UserError, beside, is_ours, refuse_foreign, remove_tree, replacing_file, run
 from data.loader import IGNORE, LEARNED, Windows
 from data.prepare import find, prepare
 from data.tokenizer import Tokenizer
 from model import (Config, QuantLinear, Transformer, call, checkpoint_hash, in_c, load, model_name, read_json,
-                   refuse_foreign, save, set_threads, whole)
+                   save, set_threads, whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -691,8 +691,6 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     if ddp:
         forward = nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
     log = Log(out / "log.jsonl", step, machine, cfg)
-    if cfg.overwrite and not cfg.resume and machine.rank == 0:               # last, when nothing else can go wrong
-        remove(out)
     wanted = Interrupt()
 
     def state_of():
@@ -713,6 +711,9 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         if machine.rank == 0:
             save(model, out / name, tokenizer,
                  state and (lambda new: torch.save(state, new / "training_state.pt")), weights)
+            log.keep()
+            if saves == 1 and name == "last" and not math.isfinite(best):    # what --overwrite replaces was kept so far
+                remove(out, "best")
 
     def diverged(what):
         raise UserError(f"the {what} is not finite after step {step}" +
@@ -825,10 +826,11 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     return figures
 
 
-def remove(out):
-    """Deletes the models of the run in OUT."""
-    for d in itertools.product(("best", "last"), ("", ".new", ".old")):
-        shutil.rmtree(out / "".join(d), ignore_errors=True)
+def remove(out, *names):
+    """Deletes models of the run in OUT: best and last, or one of them, and what a kill left beside them."""
+    for name in names or ("best", "last"):
+        for place in (out / name, *(out / (form.format(name)) for form in (".{}.new", ".{}.old", "{}.new", "{}.old"))):
+            remove_tree(place)
 
 
 def readings(total, positions, reading):
@@ -896,10 +898,18 @@ class Log:
                                 "WANDB_MODE=offline, or leave the flag out") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         before = [line for line in read_log(path) if line["step"] <= step] if step else []
-        new = path.with_name(path.name + ".new")                             # a kill must not cost the curve so far
-        new.write_text("".join(json.dumps(line) + "\n" for line in before), encoding="utf-8")
-        os.replace(new, path)
-        self.file = open(path, "a", encoding="utf-8")
+        other = not step and path.exists()                                   # the log of a run that is to be replaced
+        self.path = path.with_name(path.name + ".new") if other else path
+        with replacing_file(self.path) as new:                               # a kill must not cost the curve so far
+            new.write_text("".join(json.dumps(line) + "\n" for line in before), encoding="utf-8")
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def keep(self):
+        """With the first save of a new run its log takes the place of an old run's."""
+        if self.file and self.path.name == "log.jsonl.new":
+            self.file.close()
+            self.path = self.path.replace(self.path.with_name("log.jsonl"))
+            self.file = open(self.path, "a", encoding="utf-8")
 
     def write(self, **line):
         if self.file:
@@ -922,7 +932,7 @@ def read_log(path):
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 def read_state(out):
@@ -967,7 +977,8 @@ def picture(out):
     ax.set_ylim(min(min(l for _, l in train), min(l for _, l in val)) - 0.1, None)
     ax.legend(loc="upper right")
     ax.grid(alpha=0.3)
-    fig.savefig(out / "loss.png", dpi=120)
+    with replacing_file(out / "loss.png") as new:
+        fig.savefig(new, dpi=120, format="png")
     plt.close(fig)
 
 
@@ -1024,6 +1035,15 @@ def resumed(cfg, given):
                         "fsdp": cfg.fsdp})
 
 
+BEGUN = {"best", "last", "cache", "control", "samples", "samples.jsonl", "log.jsonl.new"}
+
+
+def is_saved(directory):
+    """Whether best/ or last/ of a run is there, or was when a save was killed."""
+    return any((place / "config.json").is_file() for place in (directory, beside(directory, "new"),
+                                                               beside(directory, "old")))
+
+
 def check_out(cfg):
     """Sets cfg.resume to whether the run in OUT goes on. Raises UserError if the run may not be written there.
 
@@ -1034,9 +1054,12 @@ def check_out(cfg):
         raise UserError(f"--out {out} is a {'file' if out.is_file() else 'model'}, not a run's directory: give another "
                         "--out")
     for d in ("best", "last"):
-        refuse_foreign(out / d)
-    last, held = (any((out / (d + end) / "config.json").exists() for d in names for end in ("", ".new", ".old"))
-                  for names in (("last",), ("best", "last")))
+        refuse_foreign(out / d, MODEL)
+    last, held = is_saved(out / "last"), is_saved(out / "last") or is_saved(out / "best")
+    for file in sorted(out.iterdir()) if out.is_dir() and not held else ():             # of a run before its first save
+        log = file.name == "log.jsonl" and (not file.stat().st_size or read_log(file))
+        if not log and not is_ours(file.name, BEGUN):
+            raise UserError(f"--out {out} holds {file.name}, which is no part of a run: give another --out")
     if last and is_next_try(out):
         cfg.resume, cfg.overwrite = True, False
     if held and not (cfg.resume or cfg.overwrite):
@@ -1048,6 +1071,10 @@ def check_out(cfg):
         cfg.resume = False
         if os.environ.get("RANK", "0") == "0":
             print(f"nothing is saved in {out} yet: starting from the beginning")
+    if cfg.resume and os.environ.get("RANK", "0") == "0":
+        for d in ("best.new", "best.old", "last.new", "last.old"):            # a kill of an older version left them
+            if (out / d).is_dir() and (out / d.split(".")[0] / "config.json").exists():
+                remove_tree(out / d)
 
 
 def open_data(cfg, given, machine):

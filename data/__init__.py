@@ -1,6 +1,21 @@
-"""What every script shares: errors, flags, directories that survive a kill. Here, as data/ is where imports begin."""
-import argparse, contextlib, difflib, errno, hashlib, json, os, shutil, sys
+"""Errors, flags, and directories that survive a kill, shared by every script. Here, as data/ is where imports begin."""
+import argparse, collections, contextlib, difflib, errno, hashlib, json, os, shutil, sys
 from pathlib import Path
+
+# A kind of directory that this project writes. names: of all its files; marker: the one that is written last; key: what
+# this JSON file has only if this project wrote it.
+Kind = collections.namedtuple("Kind", "noun marker key names")
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+MODEL = Kind("model", "config.json", "slm_format", {
+    "config.json", "model.safetensors", "generation_config.json", "README.md", "training_state.pt", *TOKENIZER})
+DATASET = Kind("dataset", "meta.json", "splits", {
+    "meta.json", "train.bin", "val.bin", "train.mask.bin", "val.mask.bin", "val.jsonl", "progress.json", "--input.rows",
+    "--val.rows", *TOKENIZER})
+LABELS = Kind("cache of labels", "header.json", "teacher", {
+    "header.json", "lengths.bin", "ids.bin", "counts.bin", "offsets.bin"})
+RUN = {"log.jsonl", "log.jsonl.new", "loss.png", "report.md", "report.json", "report.png", "samples.jsonl"}
+REPORT = {"results.jsonl", "report.md", "tradeoff.png"}
+EVERYTHING = MODEL.names | DATASET.names | LABELS.names | RUN | REPORT | {"chain.json", "chain.json.new"}
 
 
 class UserError(Exception):
@@ -53,28 +68,90 @@ def run(main):
     sys.exit(code)
 
 
-@contextlib.contextmanager
-def replacing(directory, marker):
-    """Write a directory so that a kill at any moment leaves a whole one: fill the yielded DIR.new, then swap names.
+def named(path):
+    """The path itself, with a name to write beside: "." and links have one of their own."""
+    path = Path(path)
+    return Path(os.path.realpath(path)) if path.is_symlink() or not path.name or path.name == ".." else path
 
-    marker  the file that is written last: a directory that has it is whole
-    After a kill the first whole one of DIR, DIR.new and DIR.old is the latest; `settle` renames it to DIR. On an
-    exception DIR is untouched and DIR.new is removed.
+
+def beside(path, ending):
+    """.NAME.ending beside a path, where something is made or waits to be deleted. People's own copies, such as NAME.old,
+    have other names."""
+    path = named(path)
+    return path.with_name(f".{path.name}.{ending}")
+
+
+def is_ours(name, names):
+    """Whether a file's name is one of `names`, or of the new one that takes the place of such a file."""
+    return name in names or name.startswith(".") and name.endswith(".new") and name[1:-4] in names
+
+
+def remove_tree(directory, flag="--out"):
+    """Deletes a directory and all in it. Raises UserError, and deletes nothing, if a file in it has a name that this
+    project does not write."""
+    for folder, _, files in os.walk(directory):
+        for name in sorted(files):
+            if not is_ours(name, EVERYTHING):
+                raise UserError(f"{Path(folder, name)} is nothing that these scripts wrote and would be deleted: move it "
+                                f"away, or give another {flag}")
+    if Path(directory).is_dir():
+        shutil.rmtree(directory)
+
+
+def refuse_foreign(directory, kind, flag="--out"):
+    """Raises UserError if a directory, or what a kill left beside it, holds anything that this project did not write:
+    to replace it would delete that."""
+    directory = named(directory)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{flag} {directory} is a file; a {kind.noun} is a directory: give another name")
+    for place in (directory, *(beside(directory, ending) for ending in ("new", "old", "part"))):
+        for file in sorted(place.iterdir()) if place.is_dir() else ():
+            if file.is_dir() or not is_ours(file.name, kind.names):
+                raise UserError(f"{place} is there and holds something else than a {kind.noun}, {file.name}, which would "
+                                f"be deleted: move it away, or give another {flag}")
+    if directory.is_dir() and any(directory.iterdir()) and kind.key not in marker_of(directory, kind):
+        raise UserError(f"{directory} is there and holds something else than a {kind.noun} that these scripts wrote: "
+                        f"give another {flag}")
+
+
+def marker_of(directory, kind):
+    """The content of a directory's marker, a dict; {} if it is not there or not JSON."""
+    try:
+        content = json.loads((directory / kind.marker).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@contextlib.contextmanager
+def replacing(directory, kind):
+    """Write a directory so that a kill at any moment leaves a whole one: fill the yielded new one, its marker last, then
+    swap names.
+
+    After a kill the first whole one of DIR, .DIR.new and .DIR.old is the latest; `settle` renames it to DIR. On an
+    exception DIR is untouched and what was new is removed. Raises UserError as refuse_foreign does.
     """
-    directory = settle(directory, marker)
-    new, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
+    refuse_foreign(directory, kind)
+    directory = settle(directory, kind)
+    new = beside(directory, "new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
-        if directory.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            directory.rename(old)
-        new.rename(directory)
+        swap(new, directory)
     except BaseException:                                    # Ctrl-C and a full disk too
         shutil.rmtree(new, ignore_errors=True)
-        settle(directory, marker)
+        settle(directory, kind)
         raise
+
+
+def swap(new, directory):
+    """Puts a whole new directory in the place of another. What was there is kept until the new one is in its place."""
+    old = beside(directory, "old")
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    new.rename(directory)
     with contextlib.suppress(OSError):                       # the renames too are on disk, where a directory can be
         parent = os.open(directory.parent, os.O_RDONLY)
         os.fsync(parent)
@@ -82,21 +159,26 @@ def replacing(directory, marker):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def settle(directory, marker):
+def settle(directory, kind):
     """The path of a directory, after finishing or undoing what a kill in `replacing` left."""
-    directory = Path(directory) if Path(directory).name else Path(directory).resolve()      # "." has no name to add to
-    for ending in (".new", ".old"):
-        other = directory.with_name(directory.name + ending)
-        if not directory.exists() and (other / marker).is_file():
+    directory = named(directory)
+    for ending in ("new", "part", "old"):
+        other = beside(directory, ending)
+        if not directory.exists() and (other / kind.marker).is_file():
             other.rename(directory)
+    if (directory / kind.marker).is_file():
+        shutil.rmtree(beside(directory, "old"), ignore_errors=True)
+        for name in kind.names & {"progress.json", "--input.rows", "--val.rows"}:
+            (directory / name).unlink(missing_ok=True)       # of a .part that was whole
     return directory
 
 
 @contextlib.contextmanager
 def replacing_file(path):
-    """Write a file so that a kill or a full disk at any moment leaves what was there: fill the yielded PATH.new, then
-    swap. On an exception PATH.new is removed."""
-    new = path.with_name(path.name + ".new")
+    """Write a file so that a kill or a full disk at any moment leaves what was there: fill the yielded new one, which
+    then takes its place. On an exception it is removed."""
+    path = named(path)
+    new = beside(path, "new")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield new
@@ -108,18 +190,20 @@ def replacing_file(path):
 
 
 @contextlib.contextmanager
-def resumable(directory, made_from):
-    """Yield (DIR.part, its progress.json as a dict): there already if a kill, Ctrl-C or a full disk left it half done.
+def resumable(directory, kind, made_from):
+    """Yield (.DIR.part, its progress.json as a dict): there already if a kill, Ctrl-C or a full disk left it half done.
+    At the end it takes the place of DIR.
 
     made_from   an iterable of all that the result depends on: what was begun from anything else is removed
-    What is worth keeping has written more into progress.json (`write_json`) than what is there at first. DIR.part is
-    removed at the end, and after any error that the same command would meet again.
+    Work counts as worth going on with once the caller has added to progress.json. After an error that the same command
+    would meet again it is removed. Raises UserError as refuse_foreign does.
     """
-    part, key = directory.with_name(directory.name + ".part"), hashlib.sha256()
+    refuse_foreign(directory, kind)
+    directory = settle(directory, kind)
+    part, key = beside(directory, "part"), hashlib.sha256()
     for item in made_from:
         key.update(repr(item).encode("utf-8", "surrogateescape"))
-    progress = part / "progress.json"
-    progress = json.loads(progress.read_text(encoding="utf-8")) if progress.is_file() else {}
+    progress = marker_of(part, kind._replace(marker="progress.json"))
     if progress.get("key") == key.hexdigest() and len(progress) > 1:
         print(f"going on from what an interrupted run left in {part.name}")
     else:
@@ -128,8 +212,11 @@ def resumable(directory, made_from):
         progress = {"key": key.hexdigest()}
     try:
         yield part, progress
+        swap(part, directory)
+        settle(directory, kind)
     except (KeyboardInterrupt, OSError):
-        if len(progress) > 1:
+        settle(directory, kind)
+        if len(progress) > 1 and part.exists():
             print(f"\nwhat is done is kept in {part.name}: the same command goes on from there")
         else:
             shutil.rmtree(part, ignore_errors=True)
@@ -137,7 +224,6 @@ def resumable(directory, made_from):
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    shutil.rmtree(part, ignore_errors=True)
 
 
 def write_json(path, content):

@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # run as a script, the first import path is data/, not the root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from data import Parser, UserError, corpora, download, replacing, resumable, run, settle, sync, write_json
+from data import (DATASET, Parser, UserError, corpora, download, marker_of, refuse_foreign, resumable, run, settle, sync,
+                  write_json)
 from data.loader import FIRST, LEARNED
 from data.tokenizer import SPECIALS, Tokenizer
 
@@ -65,7 +66,7 @@ def find(name_or_dir, smoke=False, flag="--data"):
     """
     names = [f"{name_or_dir}-smoke"] * smoke + [str(name_or_dir)]
     for path in [p for name in names for p in (Path(name), HERE / name)]:
-        settle(path, "meta.json")
+        settle(path, DATASET)
         if (path / "meta.json").is_file():
             return path
     if str(name_or_dir) in corpora.KNOWN:
@@ -99,7 +100,7 @@ class Scan:
     """
 
     def __init__(self, files, skipped, smoke, label, part, progress):
-        self.path = part / label.strip("-")
+        self.path = part / f"{label}.rows"
         if label not in progress:
             progress[label] = self._read(files, smoke, label)
             write_json(part / "progress.json", progress)
@@ -439,6 +440,10 @@ def choose_tokenizer(tokenizer):
     return Tokenizer.load(best if best.is_dir() and not Path(tokenizer, "tokenizer.json").is_file() else tokenizer)
 
 
+class Same(Exception):
+    """The dataset that is there is the one that is asked for."""
+
+
 def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=None, val_fraction=0.05, seed=0,
             overwrite=False, smoke=False, size=None):
     """Write a dataset and return its directory (data/NAME, or data/NAME-smoke for a smoke run, unless `out`).
@@ -458,11 +463,14 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
         raise UserError(f"--vocab-size {vocab_size} is too small: 256 bytes and {len(SPECIALS)} special tokens need "
                         f"{256 + len(SPECIALS)} ids")
     out = Path(out).resolve() if out else HERE / (f"{name}-smoke" if smoke else name)
-    settle(out, "meta.json")
+    settle(out, DATASET)
     if out.exists() and not (out / "meta.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out.name} is there already and is not a dataset; choose another --out or --name")
-    if (out / "meta.json").is_file() and not overwrite and not out.name.endswith("-smoke"):
-        raise UserError(f"the dataset {out.name} is there already; --overwrite makes it anew, --name NAME another one")
+    refuse_foreign(out, DATASET)
+    for path in (*inputs, *val):
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
+            raise UserError(f"--input {path} lies in {out.name}, which would be replaced: choose another --out or --name")
+    there = {} if overwrite or out.name.endswith("-smoke") else marker_of(out, DATASET)
     tokenizer = choose_tokenizer(tokenizer)
 
     skipped = Counter()
@@ -473,7 +481,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
     stamp = lambda f: (f, f.path.is_file() and (f.path.stat().st_size, f.path.stat().st_mtime_ns))
     made_from = (*map(stamp, files), "--val", *map(stamp, val_files), val_fraction, seed, smoke, TASK,
                  (tokenizer.hash, tokenizer.chat_template) if tokenizer else vocab_size)
-    with resumable(out, made_from) as (part, progress):
+    with contextlib.suppress(Same), resumable(out, DATASET, made_from) as (part, progress):
         scan = Scan(files, skipped, smoke, "--input", part, progress)
         held = Scan(val_files, skipped, smoke, "--val", part, progress) if val_files else None
         for s, flag in (scan, "--input"), (held, "--val"):
@@ -483,6 +491,16 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
                                 "it must be UTF-8 text or .jsonl")
         if held and held.kind != scan.kind:
             raise UserError(f"--input is {scan.kind} but --val is {held.kind}; both must be of one kind")
+        settings = {"kind": scan.kind, "sha256": scan.sha256, "val_sha256": held and held.sha256, "split_seed": seed,
+                    "val_fraction": None if held else val_fraction, "smoke": smoke,
+                    "trained_ids": None if tokenizer else vocab_size or 4096,
+                    **({"tokenizer_hash": tokenizer.hash} if tokenizer else {})}
+        if there and any(there.get(key) != value for key, value in settings.items()):
+            raise UserError(f"the dataset {out.name} is there already, made of other text or in another way; --overwrite "
+                            "makes it anew, --name NAME another one")
+        if there:
+            print(f"the dataset {out.name} is there already, and is what this command makes")
+            raise Same
         side = split(scan, held.digests[held.usable] if held else None, val_fraction, seed, skipped)
         if not (side != DROP).any():
             raise UserError("every document of --input is also in --val, so there is nothing to train on")
@@ -512,16 +530,13 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
         names = lambda paths: [Path(p).resolve().name for p in paths]  # never a path of this machine
         write_json(part / "meta.json", {
             "format": 1, "name": name, "source": names(inputs) or [name],
-            "val_source": names(val or [f.path for f in val_files]), "kind": scan.kind, "dtype": dtype,
-            "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash, "split_seed": seed,
-            "val_fraction": None if held else val_fraction, "sha256": scan.sha256, "smoke": smoke,
+            "val_source": names(val or [f.path for f in val_files]), "dtype": dtype,
+            "vocab_size": tokenizer.vocab_size, **settings, "tokenizer_hash": tokenizer.hash,
             **({} if inputs else {"python": platform.python_version()}), "skipped": skipped, "splits": splits,
         })
-        with replacing(out, "meta.json") as new:
-            for path in [*part.glob("*.bin"), *part.glob("val.jsonl"), *part.glob("tokenizer*.json"),
-                         part / "meta.json"]:
-                path.rename(new / path.name)
 
+    if there:
+        return out
     for which, s in splits.items():
         learned = f", {s['response_tokens']:,} of them learned" if "response_tokens" in s else ""
         print(f"{which:5} {s['documents']:9,} documents {s['bytes']:14,} bytes {s['tokens']:13,} tokens{learned}"

@@ -339,11 +339,11 @@ def test_interrupted_at_any_time_the_old_dataset_stays(tmp_path, monkeypatch):
             patch.setattr(place, stop)
             prepare("x", [good], out=out, tokenizer="bytes", overwrite=True)
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-        assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"out", "out.part"}
+        assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"out", ".out.part"}
     prepare("x", [good], out=out, tokenizer="bytes", overwrite=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["out"]
-    out.rename(tmp_path / "out.old")  # killed between the two renames
+    out.rename(tmp_path / ".out.old")  # killed between the two renames
     assert find(tmp_path / "out") == out and {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
@@ -383,7 +383,7 @@ def test_killed_at_any_time_the_same_command_goes_on_to_the_same_bytes(corpus, k
         deadline, before = time.time() + 30, tasks
         while tasks < before + 10 and process.poll() is None and time.time() < deadline:
             try:
-                tasks = json.loads((tmp_path / "out.part" / "progress.json").read_text(encoding="utf-8")).get("tasks", 0)
+                tasks = json.loads((tmp_path / ".out.part" / "progress.json").read_text(encoding="utf-8")).get("tasks", 0)
             except OSError:
                 pass
         process.kill()
@@ -393,11 +393,11 @@ def test_killed_at_any_time_the_same_command_goes_on_to_the_same_bytes(corpus, k
     capsys.readouterr()
     assert contents(prepare(**arguments, out=out)) == whole
     said = capsys.readouterr().out
-    assert "going on from what an interrupted run left in out.part" in said and "training a byte-level" not in said
+    assert "going on from what an interrupted run left in .out.part" in said and "training a byte-level" not in said
     rest = len(encoded)
     prepare(**arguments, out=tmp_path / "again")
     assert rest <= len(encoded) - rest - tasks
-    assert not (tmp_path / "out.part").exists()
+    assert not (tmp_path / ".out.part").exists()
 
 
 def test_what_does_not_fit_what_is_there_begins_anew(corpus, tmp_path, monkeypatch):
@@ -414,10 +414,10 @@ def test_what_does_not_fit_what_is_there_begins_anew(corpus, tmp_path, monkeypat
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(prepare_module, "encode", stop)
             prepare(**arguments, out=tmp_path / "out", overwrite=True)
-        assert json.loads((tmp_path / "out.part" / "progress.json").read_text(encoding="utf-8"))["tasks"] >= 20
+        assert json.loads((tmp_path / ".out.part" / "progress.json").read_text(encoding="utf-8"))["tasks"] >= 20
 
     interrupted()
-    os.truncate(tmp_path / "out.part" / "train.bin", 1000)
+    os.truncate(tmp_path / ".out.part" / "train.bin", 1000)
     assert contents(prepare(**arguments, out=tmp_path / "out")) == contents(prepare(**arguments, out=tmp_path / "whole"))
     interrupted()
     other = dict(arguments, seed=1)

@@ -213,7 +213,7 @@ def test_a_save_cut_at_any_point_leaves_a_whole_model(tmp_path):
     first, path = written(tmp_path)
     second = randomize(tiny(), seed=1)
     save(second, tmp_path / "second")
-    ids, new, old = torch.randint(96, (1, 9)), tmp_path / "m.new", tmp_path / "m.old"
+    ids, new, old = torch.randint(96, (1, 9)), tmp_path / ".m.new", tmp_path / ".m.old"
 
     shutil.copytree(tmp_path / "second", new)
     (new / "config.json").unlink()                                # killed while writing: m.new is not whole
