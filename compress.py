@@ -64,6 +64,7 @@ import collections, contextlib, copy, difflib, hashlib, heapq, itertools, json, 
 import tempfile, time, types, typing
 from pathlib import Path
 
+import data  # noqa: F401: first, so that Ctrl-C is quiet while torch is imported
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -488,7 +489,9 @@ def in_ids_of(tokenizer, directory, place):
         place.mkdir(parents=True, exist_ok=True)
         for split in ("train", "val"):
             ids = np.memmap(directory / f"{split}.bin", dtype=meta["dtype"], mode="r")
-            np.array(reencoded(ids, Tokenizer.load(directory), tokenizer), meta["dtype"]).tofile(place / f"{split}.bin")
+            ids = np.array(reencoded(ids, Tokenizer.load(directory), tokenizer), meta["dtype"])
+            ids.tofile(place / f"{split}.bin")
+            meta["splits"][split] = {**meta["splits"][split], "tokens": len(ids)}
         write_json(place / "meta.json", {**meta, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size})
     return place
 

@@ -15,6 +15,7 @@ cross-entropy alone for the same time, the teacher's included. report.md, .json 
 import collections, copy, dataclasses, itertools, json, math, time
 from pathlib import Path
 
+import data  # noqa: F401: first, so that Ctrl-C is quiet while torch is imported
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from data import LABELS, UserError, refuse_foreign, replacing, replacing_file, r
 from data.loader import IGNORE, Batch, Windows
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
+from data.values import check_values
 from model import Transformer, checkpoint_hash, load, model_name, placed, read_json, whole
 
 
@@ -335,21 +337,45 @@ def make_cache(directory, teacher, windows, header, cfg, machine, vocab_size):
         sync(new / "header.json")
 
 
+HEADER = {**dict.fromkeys(("teacher", "tokenizer", "data", "labels", "id_type"), (str,)), "format": (int,),
+          "context": (int, 1, 2 ** 24), "windows": (int, 1, 2 ** 40), "seed": (int, 0, 2 ** 63), "draws": (int, 0, 255),
+          "tokens": (int, 0, 2 ** 48), **dict.fromkeys(("bytes_per_token", "seconds"), (float, 0, 1e9))}
+
+
+def read_header(directory):
+    """header.json of a cache, a dict. Raises UserError if a field is missing or cannot be."""
+    path = Path(directory) / "header.json"
+    header = read_json(path)
+    try:
+        check_values(header, HEADER, path, needed=HEADER)
+        if header["id_type"] not in ("uint16", "uint32"):
+            raise UserError(f"{path}: id_type is {header['id_type']!r}; it must be uint16 or uint32")
+    except UserError as error:
+        raise UserError(f"{error}: delete the cache and it is made again") from None
+    return header
+
+
 class Cache:
-    """What make_cache wrote, memory-mapped. Raises UserError if it is not what `wanted` says, or not whole."""
-    def __init__(self, directory, wanted):
-        self.header = read_json(Path(directory) / "header.json")
+    """Labels that make_cache wrote, memory-mapped. Raises UserError if they are not what `wanted` says, or not whole,
+    or if one is not below `vocab_size` (None: not looked at)."""
+    def __init__(self, directory, wanted, vocab_size=None):
+        self.header = read_header(directory)
         if stale := [n for n, value in wanted.items() if self.header.get(n) != value]:
             raise UserError(f"the cache in {directory} is stale: its {stale[0]} is {self.header.get(stale[0])!r}, this "
                             f"run's {wanted[stale[0]]!r}; delete it, or give another --cache-dir")
-        n, labels = self.header["windows"], lambda: self.offsets[-1]
+        n, T, labels = self.header["windows"], self.header["context"], lambda: int(self.offsets[-1])
         for name, dtype, size in (("offsets", "int64", lambda: n + 1), ("counts", "uint8", labels),
-                                  ("ids", self.header["id_type"], labels),
-                                  ("lengths", "uint8", lambda: n * self.header["context"])):
+                                  ("ids", self.header["id_type"], labels), ("lengths", "uint8", lambda: n * T)):
             file = Path(directory) / f"{name}.bin"
-            if not file.is_file() or file.stat().st_size != size() * np.dtype(dtype).itemsize:
+            if not file.is_file() or not file.stat().st_size == size() * np.dtype(dtype).itemsize > 0:
                 raise UserError(f"the cache in {directory} is cut short ({file.name}): delete it and it is made again")
             setattr(self, name, np.memmap(file, dtype, "r"))
+        blocks = range(0, n, max(1, 2 ** 24 // T))                           # of windows: the files may not fit memory
+        sums = [self.lengths[i * T:(i + blocks.step) * T].reshape(-1, T).sum(1, dtype=np.int64) for i in blocks]
+        most = max(int(self.ids[i:i + 2 ** 24].max()) for i in range(0, len(self.ids), 2 ** 24))
+        if (self.offsets[0] or (np.diff(self.offsets) != np.concatenate(sums)).any()
+                or vocab_size is not None and most >= vocab_size):
+            raise UserError(f"the cache in {directory} holds labels that cannot be: delete it and it is made again")
 
     def rows(self, windows, seed, first, count, hard_weight):
         """Rows first ... first + count - 1 of the training stream with labels and their weights (count, T, M)."""
@@ -382,7 +408,7 @@ def open_cache(cfg, teacher, its_hash, windows, tokenizer, machine, timed):
     directory, size = Path(cfg.cache_dir or Path(cfg.out) / "cache"), cfg.batch_size * cfg.context
     if machine.rank == 0:
         refuse_foreign(directory, LABELS, "--cache-dir")
-    there = read_json(directory / "header.json") if (directory / "header.json").is_file() else {}
+    there = read_header(directory) if (directory / "header.json").is_file() else {}
     if not cfg.pool and not there:
         a_token = label_seconds(teacher, windows, machine, tokenizer.vocab_size)
         reads = cfg.steps * size or 60 * cfg.minutes / (timed() / size + a_token / cfg.passes)
@@ -393,7 +419,7 @@ def open_cache(cfg, teacher, its_hash, windows, tokenizer, machine, timed):
     if not there and machine.rank == 0:
         make_cache(directory, teacher, pool, {**wanted, "seed": cfg.seed}, cfg, machine, tokenizer.vocab_size)
     train.all_sum(machine, torch.zeros(()))                                  # the other processes wait for it
-    cache = Cache(directory, wanted)
+    cache = Cache(directory, wanted, tokenizer.vocab_size)
     train.say(machine, "cache: {tokens:,} tokens, on average {draws} draws and {bytes_per_token} bytes each; the "
               "teacher took {seconds:.0f} s".format(**cache.header))
     return cache, pool

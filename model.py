@@ -11,9 +11,10 @@ directory opens here without renaming:
 Nothing here trains, samples or measures: see train.py and sample.py.
 """
 import contextlib, ctypes, dataclasses, errno, functools, hashlib, json, math, os, platform, re, shutil
-import subprocess, sys, tempfile
+import stat, subprocess, sys, tempfile
 from pathlib import Path
 
+import data  # noqa: F401: first, so that Ctrl-C is quiet while torch is imported
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -944,9 +945,13 @@ def kernels():
 
 def built_library(directory, key):
     """The library that build_library left in a directory, or None. Its name holds a hash of its bytes: what a full disk
-    or a power cut shortened is never loaded (that would end the process)."""
+    or a power cut shortened is never loaded (that would end the process). Nor is a file that another user owns or can
+    write."""
     for file in directory.glob(f"kernels-{key}-*.so"):
         with contextlib.suppress(OSError, AttributeError):
+            about = file.lstat()                      # who else can write it could let it do anything
+            if about.st_uid != os.getuid() or about.st_mode & 0o022 or not stat.S_ISREG(about.st_mode):
+                continue
             if hashlib.sha256(file.read_bytes()).hexdigest()[:16] == file.stem.rpartition("-")[2]:
                 return declare(ctypes.CDLL(str(file)))
     return None
@@ -965,6 +970,7 @@ def build_library(directory, key, compilers):
                                    check=True, capture_output=True)
                     library = declare(ctypes.CDLL(str(built)))
                     sync(built)
+                    built.chmod(0o755)                # whatever the umask: see built_library
                     digest = hashlib.sha256(built.read_bytes()).hexdigest()[:16]
                     os.replace(built, directory / f"kernels-{key}-{digest}.so")
                     return library
@@ -1525,7 +1531,7 @@ def llama(h):
 
 
 def mistral(h):
-    return dict(qk_norm=False)
+    return dict(qk_norm=False, sliding_window=h.get("sliding_window", 0))
 
 
 def qwen2(h):
@@ -1539,13 +1545,14 @@ def qwen3(h):
 
 def qwen_window(h):
     if not h.get("use_sliding_window"):               # a window may be written, and off
-        return dict(sliding_window=0)
+        return {}
     slides = [i >= h.get("max_window_layers", 28) for i in range(h["num_hidden_layers"])]
-    return dict(layer_types=h.get("layer_types") or [WINDOWS[s] for s in slides])
+    return dict(sliding_window=h.get("sliding_window", 0),
+                layer_types=h.get("layer_types") or [WINDOWS[slide] for slide in slides])
 
 
 def phi3(h):
-    return dict(qk_norm=False)
+    return dict(qk_norm=False, sliding_window=h.get("sliding_window", 0))
 
 
 def gpt2(h):
@@ -1585,7 +1592,7 @@ FAMILIES = {
 # Other fields of config.json that are read; null is as good as absent.
 HUB_FIELDS = {"slm_format": (int, 0, 2 ** 31), **dict.fromkeys(("model_type", "base_model_type"), (str,)),
               **dict.fromkeys(("switches", "rope_scaling", "rope_parameters"), (dict,)),
-              **dict.fromkeys(("compression", "history"), ([dict],)), "exits": ([int], 1, 10_000),
+              "compression": (list,), "history": ([dict],), "exits": ([int], 1, 10_000),
               **dict.fromkeys(("use_sliding_window", "attention_bias", "mlp_bias", "scale_attn_weights",
                                "scale_attn_by_inverse_layer_idx"), (bool,)),
               "layer_types": ([str],), "max_window_layers": (int, 0, 2 ** 31), **ROPE_FIELDS, **FIELDS}
@@ -1645,11 +1652,8 @@ def config_from_hub(hub):
     usual = dict(num_key_value_heads=found["num_attention_heads"], intermediate_size=4 * found["hidden_size"],
                  head_dim=found["hidden_size"] // found["num_attention_heads"],
                  max_position_embeddings=family.defaults["max_position_embeddings"])
-    fields = {k: found[k] for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act", "sliding_window")
-              if k in found}
-    if name not in ("mistral", "phi3") and not name.startswith("qwen"):
-        fields.pop("sliding_window", None)            # transformers has none there
-    fields = {**usual, **fields}
+    fields = {**usual, **{k: found[k] for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act")
+                          if k in found}}
     rope = dict(ROPE) if "rope" in switches else rope_from_hub(found, family, fields["max_position_embeddings"])
     if rope["rope_type"] == "longrope":               # its long factors begin behind the first window: we end there
         fields["max_position_embeddings"] = min(fields["max_position_embeddings"],
@@ -1663,10 +1667,11 @@ def rope_from_hub(found, family, window):
     if not family.rope_types:
         return dict(ROPE)
     rope = found.get("rope_scaling") or found.get("rope_parameters") or {}                # transformers 4 and 5
-    rope = {**ROPE, **{k: found[k] for k in ("rope_theta", "partial_rotary_factor") if k in found},
-            **{k: v for k, v in rope.items() if v is not None}}
-    kind = rope["rope_type"] if "type" not in rope or rope["rope_type"] != "default" else rope["type"]
-    rope["rope_type"] = kind = "longrope" if family.partial and kind in ("su", "yarn") else kind       # Phi-3's old names
+    rope = {k: v for k, v in rope.items() if v is not None}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = "longrope" if family.partial and kind in ("su", "yarn") else kind              # Phi-3's old names
+    rope = {**ROPE, **{k: found[k] for k in ("rope_theta", "partial_rotary_factor") if k in found}, **rope,
+            "rope_type": kind}
     if kind not in family.rope_types:
         raise UserError(f"rope_type {kind!r} is not supported in {family.architecture}; supported: "
                         f"{', '.join(family.rope_types)}")
@@ -1775,11 +1780,27 @@ def whole(path):
 def read_json(path):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")        # half a surrogate pair can be read, not written
+    except (ValueError, OSError, RecursionError) as error:           # RecursionError: lists in lists without end
         raise UserError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
     return value
+
+
+WRAPPER = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+BESIDE = {"an adapter": ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+          "settings of quantized weights": ("quantize_config.json", "quant_config.json", "hf_quant_config.json")}
+
+
+def refuse_beside(directory):
+    """Raises UserError for files beside the weights without which those are another model, and that are not read here."""
+    for kind, names in BESIDE.items():
+        for name in names:
+            if (Path(directory) / name).exists():
+                way = ("merge it: peft's model.merge_and_unload().save_pretrained(NEW_DIR)" if kind == "an adapter" else
+                       "take the model before it was quantized")
+                raise UserError(f"{directory} holds {name}, {kind}, which is not read here; {way}")
 
 
 def read_tensors(directory):
@@ -1799,35 +1820,61 @@ def read_tensors(directory):
             raise UserError(f"{directory} has no {name}{only}")
         try:
             with safe_open(directory / name, framework="pt") as f:
-                tensors.update((key, f.get_tensor(key)) for key in f.keys())
-        except (SafetensorError, OSError) as error:
+                keys = {WRAPPER.sub("", key): key for key in f.keys()}
+                found, count = {ours: f.get_tensor(key) for ours, key in keys.items()}, len(list(f.keys()))
+        except Exception as error:                    # whatever a library finds wrong with bytes is the file's fault
             raise UserError(f"{directory / name} is truncated or not a safetensors file ({error})") from None
+        if len(found) < count:
+            raise UserError(f"{directory / name} holds a tensor twice, once behind module. or _orig_mod.: save it anew")
+        tensors.update(found)
     return tensors
 
 
-def load(path, device="cpu", dtype=None):
+def empty(config, hub):
+    """The model of a config, its compressed layers too, without memory for the tensors."""
+    with torch.device("meta"):
+        model = Transformer(config)
+        for entry in hub.get("compression") or []:
+            model.replace(entry)
+    return model
+
+
+def load(path, device="cpu", dtype=None, finite=True):
     """The model in a directory (or a training run's best/), in eval mode.
 
     Tensors are mapped from the file, not copied; dtype None keeps the stored one, and integers and scales of quantized
     layers keep theirs always. Strict: a missing, extra or misshapen tensor, a truncated file, an unknown family or kind
-    of layer raise UserError.
+    of layer, a value that is not a number raise UserError. finite=False does not look for the latter: that reads all
+    of the file, a fifth of the time to the first token; who asks for it looks at the first logits instead.
     """
     directory = whole(path)
-    hub = read_json(directory / "config.json")
+    refuse_beside(directory)
+    hub, tensors = read_config(directory), read_tensors(directory)
     try:
         config = config_from_hub(hub)
-        with torch.device("meta"):
-            model = Transformer(config)
-            for entry in hub.get("compression") or []:
-                model.replace(entry)
+        if config.num_hidden_layers > len(tensors):
+            raise UserError(f"there are {config.num_hidden_layers:,} layers, but the file of weights holds only "
+                            f"{len(tensors):,} tensors")
+        model = empty(config, hub)
+        shapes = {name: t.shape for name, t in model.state_dict().items()}
+        if not model.compression:
+            tensors = to_ours(tensors, FAMILIES[config.model_type], shapes)
+        head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+        if config.tie_word_embeddings and head is not None and table is not None:
+            if head.dtype == table.dtype and torch.equal(head, table):
+                del tensors["lm_head.weight"]
+            else:                                     # as transformers 5 does
+                say_once(f"{directory}: config.json ties the head to the embedding, but the file holds a head of its "
+                         "own: that one is used")
+                config.tie_word_embeddings = False
+                model = empty(config, hub)
+                shapes = {name: t.shape for name, t in model.state_dict().items()}
+    except UserError as error:
+        raise UserError(f"{directory / 'config.json'}: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{directory / 'config.json'} has a value that cannot be ({error!r})") from None
-    shapes, tensors = {name: t.shape for name, t in model.state_dict().items()}, read_tensors(directory)
-    if not model.compression:
-        tensors = to_ours(tensors, FAMILIES[config.model_type], shapes)
     if config.tie_word_embeddings:
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith("lm_head.")}
-        tensors.pop("lm_head.weight", None)
     missing, unknown = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
     for problem, names in (("lacks", missing), ("has an unknown", unknown)):
         if names:
@@ -1840,11 +1887,16 @@ def load(path, device="cpu", dtype=None):
         if tensors[name].dtype != t.dtype:
             raise UserError(f"{directory}: {name} is {tensors[name].dtype}, config.json says {t.dtype}")
     for name in dict(model.named_parameters()).keys() & tensors.keys():
-        if not tensors[name].is_floating_point():
-            raise UserError(f"{directory}: {name} is {tensors[name].dtype}, not a float type")
+        if tensors[name].dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise UserError(f"{directory}: {name} is {tensors[name].dtype}, which is not read here: write the model as "
+                            "float32, float16 or bfloat16")
+    for name, t in tensors.items() if finite else ():
+        if t.is_floating_point() and not t.sum(dtype=torch.float32).isfinite() and not t.isfinite().all():
+            raise UserError(f"{directory}: {name} holds values that are infinite or not a number, so the model computes "
+                            "nothing: its training diverged, or the file is damaged; take an earlier checkpoint")
     model.load_state_dict(tensors, strict=False, assign=True)    # strict: see above
     model.tie_weights()
-    model.history, model.exits = hub.get("history", []), hub.get("exits", [])
+    model.history, model.exits = hub.get("history") or [], hub.get("exits") or []
     config.hub.update(card=front_matter(directory / "README.md"), sampling=sampling_settings(directory))
     return model.to(device=device, dtype=dtype).eval()
 

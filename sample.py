@@ -16,6 +16,7 @@ import array, codecs, collections, contextlib, copy, ctypes, dataclasses, functo
 import string, subprocess, sys, time
 from pathlib import Path
 
+import data  # noqa: F401: first, so that Ctrl-C is quiet while torch is imported
 import torch
 import torch.nn.functional as F
 
@@ -75,6 +76,14 @@ def next_token(logits, seen, generator=None, temperature=1.0, repetition_penalty
         return penalized(logits.float(), seen, repetition_penalty).argmax(-1, keepdim=True)
     probs = next_probs(logits, seen, temperature, repetition_penalty=repetition_penalty, **sampling)
     return draw(probs, generator)
+
+
+def refuse_not_a_number(values):
+    """Raises UserError if a model's first results are infinite or not a number: so are weights of it then, and to look
+    at all of those would take a fifth of the time to the first token."""
+    if not torch.isfinite(torch.as_tensor(values)).all():
+        raise UserError("the model computes infinite numbers, or none (NaN): its training diverged, or its "
+                        "model.safetensors is damaged; take an earlier checkpoint")
 
 
 def penalized(logits, seen, penalty):
@@ -137,6 +146,8 @@ def generate(model, ids, max_new_tokens, stop=(), vocab_size=None, generator=Non
                 unread = text[:, n - max(1, window // 2):n]
             cache = KVCache(config, len(ids), min(window, unread.shape[1] + max_new_tokens - i), device, model.dtype)
         logits = model(unread, cache=cache, last=1)[:, -1]                     # (B, V)
+        if i == 0:
+            refuse_not_a_number(logits)
         if (vocab_size or config.vocab_size) < config.vocab_size:
             logits[:, vocab_size:] = -math.inf
         unread = next_token(logits, text[:, :n], generator=generator, **sampling)                  # (B, 1)
@@ -184,6 +195,8 @@ class Reader:
         new = text[:, self.start + self.cache.length:]
         self.read += new.shape[1]
         logits = self.model(new, cache=self.cache, last=count)[0].float()
+        if self.read == new.shape[1]:                            # the first pass
+            refuse_not_a_number(logits)
         if self.vocab_size < logits.shape[1]:
             logits[:, self.vocab_size:] = -math.inf
         return logits
@@ -638,7 +651,7 @@ def generate_alone(directory, device, dtype, threads, prompt_tokens, new_tokens)
     torch.set_num_threads(threads)
     device = torch.device(device)
     before = memory_peak(device)
-    model = load(directory, device, getattr(torch, dtype))
+    model = load(directory, device, getattr(torch, dtype), finite=False)       # to look would count as its memory
     one_turn(functools.partial(generate, model), random_ids(model, 1, prompt_tokens), new_tokens,
              time.perf_counter)
     return json.dumps([before, memory_peak(device)])
@@ -846,6 +859,7 @@ def evaluate(model, tokenizer, lines, answered, max_new_tokens, name=""):
     for i, line in enumerate(tqdm(lines, desc=name, unit="line", disable=None, leave=False)):
         losses = {text: response_loss(model, tokenizer, line.prompt, text, token_bytes)
                   for text in dict.fromkeys((line.response, *line.choices))}
+        refuse_not_a_number(list(losses.values()))
         nats, tokens, size = losses[line.response]
         row = {"nats": nats, "tokens": int(tokens), "bytes": int(size)}
         if line.choices:
@@ -1169,7 +1183,8 @@ def tokenizer_of(model, directory):
 def open_model(path, device):
     """(model, tokenizer) of a directory. Raises UserError if they do not belong together."""
     directory = whole(path)
-    model = load(directory, device, torch.float32 if device.type == "cpu" else None)    # a CPU is slow at 16 bits
+    dtype = torch.float32 if device.type == "cpu" else None                    # a CPU is slow at 16 bits
+    model = load(directory, device, dtype, finite=False)                       # see refuse_not_a_number
     return model, tokenizer_of(model, directory)
 
 

@@ -13,6 +13,7 @@ import argparse, collections, contextlib, copy, dataclasses, datetime, inspect, 
 import shlex, shutil, signal, statistics, sys, time
 from pathlib import Path
 
+import data  # noqa: F401: first, so that Ctrl-C is quiet while torch is imported
 import torch
 import torch.distributed as dist
 from torch import nn

@@ -2,6 +2,8 @@
 import argparse, collections, contextlib, difflib, errno, hashlib, json, os, shutil, sys
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+
 # A kind of directory that this project writes. names: of all its files; marker: the one that is written last; key: what
 # this JSON file has only if this project wrote it.
 Kind = collections.namedtuple("Kind", "noun marker key names")
@@ -39,11 +41,50 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"))
 
 
+def stopped(kind, error, trace):
+    """Says "stopped" where Ctrl-C meets no one, as during imports; other errors keep their traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if (SCRIPT := Path(sys.argv[0] or ".")).suffix == ".py" and SCRIPT.resolve().parent in (HERE.parent, HERE):
+    sys.excepthook = stopped                                 # of our scripts: torch, imported next, takes seconds
+
+
+def open_streams():
+    """Gives the standard streams that a caller has closed an end that takes everything, and all of them utf-8."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)                   # takes the lowest free number: this one
+        stream = getattr(sys, name) or open(os.devnull, "w" if number else "r", encoding="utf-8")
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):                   # a Windows console or a pipe may not be utf-8
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def sentence(error):
+    """What to say of an error that the system raised, or None: it is a bug and keeps its traceback."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+        return "the disk is full, or your share of it; what was there before is whole: free some space and run it again"
+    if number == errno.EFBIG:
+        return "a file became larger than this system allows (ulimit -f); what was there before is whole"
+    if isinstance(error, OSError) and number:
+        return (f"{error.filename}: " if error.filename is not None else "") + (error.strerror or str(error))
+    memory = ("can't allocate memory", "Storage size calculation overflowed", "out of memory", "not enough memory")
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(m in str(error) for m in memory):
+        return ("this does not fit the memory of this machine: take a smaller model, or lower --batch-size, --micro-batch "
+                "or --context")
+    return None
+
+
 def run(main):
     """Calls main() as a command: mistakes end in one sentence and exit code 2, bugs keep their traceback."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):       # a Windows console or a pipe may not be utf-8
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    open_streams()
     code, message = 2, None
     try:
         main()
@@ -56,15 +97,12 @@ def run(main):
     except BrokenPipeError:                                  # `python sample.py ... | head`: nobody listens any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            message = "error: the disk is full; what was there before is whole: free some space and run it again"
-        elif error.filename is not None:
-            message = f"error: {error.filename}: {error.strerror}"
-        else:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not (said := sentence(error)):
             raise
+        message = f"error: {said}"
     if message:
-        print(message, file=sys.stderr)
+        print(message[0] + message[1:].replace("\n", " "), file=sys.stderr)
     sys.exit(code)
 
 

@@ -1,7 +1,7 @@
 """
 Where documents come from: the standard library's own source, files and folders of text, .jsonl files.
 
-    for name, parts in corpora.documents(corpora.source(["notes/", "faq.jsonl"]), skipped := Counter()): ...
+    for name, parts in corpora.documents(corpora.source(["notes/", "faq.jsonl"]), skipped := corpora.Skipped()): ...
 
 A document is its name and its parts. Text comes as an iterator of pieces (str, about 1 MB each, so that a large file is
 never held whole); prompt and response as an Example. Nothing is normalized: line ends stay as they are, only a
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sysconfig
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +45,30 @@ class Skip(Exception):
     """This document cannot be used; the message is the reason it is counted under."""
 
 
-def source(inputs, name=None, flag="--input"):
+class Skipped(Counter):
+    """How many documents could not be used, by reason, and the names of the first few of each."""
+    def __init__(self, counts=(), names=()):
+        super().__init__(counts)
+        self.names = {reason: list(few) for reason, few in dict(names).items()}
+
+    def add(self, reason, name):
+        self[reason] += 1
+        few = self.names.setdefault(reason, [])
+        few += [printable(name)] * (len(few) < 5)
+
+    def __str__(self):
+        def of(reason, n):
+            few = self.names.get(reason, ())
+            return f"{n:,} {reason}" + (f" ({', '.join(few)}{', ...' * (n > len(few))})" if few else "")
+        return ", ".join(of(reason, n) for reason, n in sorted(self.items()) if n)
+
+
+def printable(name):
+    """A file's name as text: bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def source(inputs, name=None, flag="--input", skipped=None):
     """The files behind `inputs` (paths), or behind the known corpus `name`: a list of File, sorted within each folder.
 
     Hidden files, __pycache__, node_modules and links to folders are passed over. Raises UserError, naming `flag`, for
@@ -58,7 +82,7 @@ def source(inputs, name=None, flag="--input"):
     files = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = walk(path, {"__pycache__", "node_modules"})
+            found = walk(path, {"__pycache__", "node_modules"}, skipped=skipped)
             files += sorted(File(p.relative_to(path).as_posix(), p) for p in found)
         elif path.exists():
             files.append(File(path.name, path))
@@ -68,9 +92,13 @@ def source(inputs, name=None, flag="--input"):
     return [f for f in files if (key := os.path.realpath(f.path)) not in seen and not seen.add(key)]
 
 
-def walk(root, skip, suffix=""):
-    """Files under `root`; links to folders are not followed, so there is no loop, and our own datasets not entered."""
-    for folder, folders, files in os.walk(root):
+def walk(root, skip, suffix="", skipped=None):
+    """Files under `root`; links to folders are not followed, so there is no loop, and our own datasets not entered.
+    Folders that cannot be read are counted in `skipped`."""
+    def unreadable(error):
+        if skipped is not None:
+            skipped.add(f"folder that cannot be read: {error.strerror}", os.path.relpath(error.filename, root))
+    for folder, folders, files in os.walk(root, onerror=unreadable):
         if "meta.json" in files and "train.bin" in files or "progress.json" in files and folder.endswith(".part"):
             folders[:], files = [], []
         folders[:] = [f for f in folders if f not in skip and not f.startswith(".")]
@@ -78,14 +106,14 @@ def walk(root, skip, suffix=""):
 
 
 def documents(files, skipped):
-    """Yield (name, parts) for each document of `files` (see `source`); counts in `skipped`, a Counter.
+    """Yield (name, parts) for each document of `files` (see `source`); counts in `skipped`, a Skipped.
 
     Reading `parts` of a text may raise Skip: then the whole document is to be dropped and counted by the caller.
     Raises UserError for a broken .jsonl line.
     """
     for name, path, lf, end in files:
         if not path.is_file():  # a dangling link, a pipe, a socket
-            skipped["not a regular file"] += 1
+            skipped.add("not a regular file", name)
             continue
         yield from (jsonl(path, name) if path.suffix.lower() == ".jsonl" else between(path, name, end) if end else
                     [(name, pieces(blocks(path, lf)))])
@@ -111,7 +139,9 @@ def blocks(path, lf=False):
     except PermissionError:
         raise Skip("no permission to read") from None
     with f:
-        while block := f.read(PIECE):
+        while block := readable(f):
+            if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and empty:
+                raise Skip("UTF-16, to be saved as UTF-8")
             if b"\0" in block:
                 raise Skip("binary (has NUL bytes)")
             try:
@@ -124,6 +154,14 @@ def blocks(path, lf=False):
             raise Skip("not UTF-8")
     if empty:
         raise Skip("empty")
+
+
+def readable(file):
+    """The next PIECE of an open file. Raises Skip where the disk, or the system, does not give it."""
+    try:
+        return file.read(PIECE)
+    except OSError as error:
+        raise Skip(f"cannot be read: {error.strerror or error}") from None
 
 
 def pieces(texts):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from data import UserError
+from data.values import check_values
 
 IGNORE = -100           # target of a position that is not learned: padding, prompts (torch's ignore_index)
 LEARNED, FIRST = 1, 2   # bits of *.mask.bin: this token is learned; this token begins an example
@@ -19,13 +20,56 @@ LEARNED, FIRST = 1, 2   # bits of *.mask.bin: this token is learned; this token 
 Batch = namedtuple("Batch", "ids targets segments")     # (B, T) int64 each; segments None unless examples are packed
 
 
+META = {"name": (str,), "kind": (str,), "dtype": (str,), "vocab_size": (int, 1, 2 ** 31), "tokenizer_hash": (str,),
+        "sha256": (str,), "splits": (dict,)}
+
+
+SPLITS = dict.fromkeys(("train", "val"), (dict,))
+COUNTS = {"tokens": (int, 0, 2 ** 48)}
+
+
+def read_meta(directory):
+    """meta.json of a prepared directory, a dict. Raises UserError if a field that is used is missing or cannot be."""
+    path = Path(directory) / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        check_values({"meta": meta}, {"meta": (dict,)}, path)
+        check_values(meta, META, path, needed=META)
+        check_values(meta["splits"], SPLITS, f"{path}: splits", needed=SPLITS)
+        for split in SPLITS:
+            check_values(meta["splits"][split], COUNTS, f"{path}: splits: {split}", needed=COUNTS)
+        for name, known in (("dtype", ("uint16", "uint32")), ("kind", ("text", "examples"))):
+            if meta[name] not in known:
+                raise UserError(f"{path}: {name} is {meta[name]!r}; it must be one of {', '.join(known)}")
+    except UserError as error:
+        raise UserError(f"{error}: prepare the data anew") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): prepare the data anew") from None
+    return meta
+
+
 def open_split(directory, split):
-    """(meta.json as a dict, the split's tokens, its mask or None), mapped."""
-    directory = Path(directory)
-    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-    mapped = lambda file, dtype: np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
-    return (meta, mapped(directory / f"{split}.bin", meta["dtype"]),
-            mapped(directory / f"{split}.mask.bin", np.uint8) if meta["kind"] == "examples" else None)
+    """(meta.json as a dict, the split's tokens, its mask or None), mapped. Raises UserError if the files are not as
+    meta.json says. To look at each id once takes 0.1 s for 100 million; an id without a row in the model would end a
+    run in the middle."""
+    directory, meta = Path(directory), read_meta(directory)
+    count, ids = meta["splits"][split]["tokens"], meta["vocab_size"]
+
+    def mapped(name, dtype):
+        file, wanted = directory / name, count * np.dtype(dtype).itemsize
+        size = file.stat().st_size if file.is_file() else None
+        if size != wanted:
+            there = "is missing" if size is None else f"has {size:,} bytes"
+            raise UserError(f"{file} {there}, and meta.json says {wanted:,}: the file was cut or replaced; prepare the "
+                            "data anew")
+        return np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
+    tokens = mapped(f"{split}.bin", meta["dtype"])
+    mask = mapped(f"{split}.mask.bin", np.uint8) if meta["kind"] == "examples" else None
+    for i in range(0, len(tokens) if ids <= np.iinfo(tokens.dtype).max else 0, 2 ** 24):
+        if (largest := int(tokens[i:i + 2 ** 24].max())) >= ids:
+            raise UserError(f"{directory / split}.bin holds the id {largest:,}, and the tokenizer has only {ids:,}: the "
+                            "file is damaged; prepare the data anew")
+    return meta, tokens, mask
 
 
 class Windows:

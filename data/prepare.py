@@ -105,7 +105,10 @@ class Scan:
             progress[label] = self._read(files, smoke, label)
             write_json(part / "progress.json", progress)
         self.kind, self.sha256 = progress[label]["kind"], progress[label]["sha256"]
-        skipped.update(progress[label]["skipped"])
+        its = corpora.Skipped(progress[label]["skipped"], progress[label]["skipped_names"])
+        skipped.update(its)
+        for reason, few in its.names.items():
+            skipped.names[reason] = (skipped.names.get(reason, []) + few)[:5]
         rows = self._rows()
         self.sizes, self.usable, self.digests = (np.array(rows[name]) for name in ("size", "usable", "digest"))
 
@@ -116,7 +119,7 @@ class Scan:
         return self._rows()["signature"]
 
     def _read(self, files, smoke, label):
-        kinds, skipped, total, whole = {}, Counter(), 0, hashlib.sha256()  # kinds: the first document of each
+        kinds, skipped, total, whole = {}, corpora.Skipped(), 0, hashlib.sha256()  # kinds: the first document of each
         expected = sum(path.stat().st_size for path in (f.path for f in files) if path.is_file())
         bar = tqdm(total=None if smoke else expected, unit="B", unit_scale=True, desc=f"read {label}", disable=None,
                    leave=False)
@@ -143,13 +146,14 @@ class Scan:
                     usable = True
                     total += size
                 except corpora.Skip as reason:
-                    skipped[str(reason)] += 1
+                    skipped.add(str(reason), name)
                 rows.write(b"".join((size.to_bytes(8, "little"), digest.digest()[:16],
                                      signature.astype("<u4").tobytes(), bytes([usable]))))
                 if smoke and total > SMOKE_BYTES:
                     break
         sync(self.path)
-        return {"kind": next(iter(kinds), None), "sha256": whole.hexdigest(), "skipped": skipped}
+        return {"kind": next(iter(kinds), None), "sha256": whole.hexdigest(), "skipped": skipped,
+                "skipped_names": skipped.names}
 
 
 def utf8(parts, smoke=False):
@@ -269,7 +273,7 @@ def placed(parts, side, size, fraction, smoke):
 def training_text(files, side, sizes, fraction, smoke):
     """Yield about BPE_BYTES of the training text as pieces taken evenly: the tokenizer never sees validation."""
     rate, debt = min(1.0, BPE_BYTES / max(1, int(sizes[side != DROP].sum()))), 0.0
-    for i, (_, parts) in zip(range(len(side)), corpora.documents(files, Counter())):
+    for i, (_, parts) in zip(range(len(side)), corpora.documents(files, corpora.Skipped())):
         if side[i] not in (TRAIN, BOTH):
             continue
         for which, text, _ in placed(parts, side[i], sizes[i], fraction, smoke):
@@ -281,16 +285,27 @@ def training_text(files, side, sizes, fraction, smoke):
 
 
 def encode_example(tokenizer, prompt, response):
-    """(ids, mask) of one example in the tokenizer's chat template; the two parts are tokenized apart, as when chatting.
+    """(ids, mask) of one example in the tokenizer's chat template, tokenized as one text: its head is the chat's prompt.
 
     Special tokens are recognised in the template only. What the template writes after the end token is left out.
     """
     user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": response}
-    head = tokenizer.render([user])
+    prompt = tokenizer.render([user])
     full = tokenizer.render([user, assistant], add_generation_prompt=False)
-    if not full.startswith(head):
+    if not full.startswith(prompt):
         raise UserError("the tokenizer's chat template does not write an answer right after its generation prompt")
-    head, tail = tokenizer.encode_array(head, special=True), tokenizer.encode_array(full[len(head):], special=True)
+    head = np.array(tokenizer.encode(prompt, special=True, bos=True), np.uint32)  # as sample.py encodes it
+    # Where one token would span the border of prompt and response, the head stays as in a chat, which has to go on from
+    # it. The response is then what follows a text that it does not melt with: never alone, if that puts a space before
+    # it (SentencePiece); byte-level BPE puts none.
+    for before in (prompt, "\n", "."):
+        start = tokenizer.encode_array(before, special=True)
+        tail = tokenizer.encode_array(before + full[len(prompt):], special=True)
+        if (tail[:len(start)] == start).all():
+            tail = tail[len(start):]
+            break
+    else:
+        tail = tokenizer.encode_array(full[len(prompt):], special=True)
     ends = np.flatnonzero(np.isin(tail, tokenizer.eos_ids))
     tail = tail[:ends[-1] + 1] if len(ends) else np.append(tail, np.uint32(tokenizer.eos_id))
     mask = np.zeros(len(head) + len(tail), np.uint8)
@@ -306,7 +321,7 @@ def tasks(sources, kind, fraction, smoke, stats):
     """
     task, held = [], 0
     for files, side, sizes in sources:
-        for i, (name, parts) in zip(range(len(side)), corpora.documents(files, Counter())):
+        for i, (name, parts) in zip(range(len(side)), corpora.documents(files, corpora.Skipped())):
             if side[i] == DROP:
                 continue
             size = 0
@@ -405,7 +420,7 @@ def write_held_out(path, sources):
     """The validation examples of `sources`, as they were, a line each."""
     with open(path, "w", encoding="utf-8", newline="\n") as out:
         for files, side, _ in sources:
-            for which, (_, example) in zip(side, corpora.documents(files, Counter())):
+            for which, (_, example) in zip(side, corpora.documents(files, corpora.Skipped())):
                 if which == VAL:
                     out.write(corpora.clean(json.dumps(example.fields, ensure_ascii=False)) + "\n")
     sync(path)
@@ -473,8 +488,9 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
     there = {} if overwrite or out.name.endswith("-smoke") else marker_of(out, DATASET)
     tokenizer = choose_tokenizer(tokenizer)
 
-    skipped = Counter()
-    files, val_files = corpora.source(inputs, None if inputs else name), corpora.source(val, flag="--val")
+    skipped = corpora.Skipped()
+    files = corpora.source(inputs, None if inputs else name, skipped=skipped)
+    val_files = corpora.source(val, flag="--val", skipped=skipped)
     if not inputs and name in download.CORPORA:
         files, held_out = download.files(name, size or "100MB")
         val_files = val_files or held_out
@@ -486,7 +502,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
         held = Scan(val_files, skipped, smoke, "--val", part, progress) if val_files else None
         for s, flag in (scan, "--input"), (held, "--val"):
             if s and not s.usable.any():
-                why = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "there are no files"
+                why = str(skipped) or "there are no files"
                 raise UserError(f"{flag} {' '.join(map(str, val if s is held else inputs))}: no text to use ({why}); "
                                 "it must be UTF-8 text or .jsonl")
         if held and held.kind != scan.kind:
@@ -526,13 +542,13 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
         if scan.kind == "examples":
             write_held_out(part / "val.jsonl", sources)
         splits, dtype = write(part, progress, tokenizer, sources, scan.kind, val_fraction, smoke)
-        skipped = {reason: n for reason, n in sorted(skipped.items()) if n}
-        names = lambda paths: [Path(p).resolve().name for p in paths]  # never a path of this machine
+        names = lambda paths: [corpora.printable(Path(p).resolve().name) for p in paths]  # never a path of this machine
         write_json(part / "meta.json", {
             "format": 1, "name": name, "source": names(inputs) or [name],
             "val_source": names(val or [f.path for f in val_files]), "dtype": dtype,
             "vocab_size": tokenizer.vocab_size, **settings, "tokenizer_hash": tokenizer.hash,
-            **({} if inputs else {"python": platform.python_version()}), "skipped": skipped, "splits": splits,
+            **({} if inputs else {"python": platform.python_version()}), "splits": splits,
+            "skipped": {reason: n for reason, n in sorted(skipped.items()) if n},
         })
 
     if there:
@@ -541,7 +557,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
         learned = f", {s['response_tokens']:,} of them learned" if "response_tokens" in s else ""
         print(f"{which:5} {s['documents']:9,} documents {s['bytes']:14,} bytes {s['tokens']:13,} tokens{learned}"
               f" ({s['bytes'] / max(1, s['tokens']):.2f} bytes per token)")
-    print("skipped: " + (", ".join(f"{n:,} {reason}" for reason, n in skipped.items()) or "nothing"))
+    print("skipped: " + (str(skipped) or "nothing"))
     seconds, read = time.perf_counter() - start, sum(s["bytes"] for s in splits.values())
     print(f"wrote {out.name}: {scan.kind}, {tokenizer.vocab_size:,} ids, {dtype}, sha256 {scan.sha256[:12]}; "
           f"{seconds:.1f} s, {read / seconds / 1e6:.1f} MB/s")

@@ -15,6 +15,8 @@ import functools
 import hashlib
 import json
 import re
+import threading
+import types
 import unicodedata
 from pathlib import Path
 
@@ -45,6 +47,10 @@ PLAIN = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'Assistant:
 
 GUARD = "\ufdd0"  # a Unicode noncharacter: render() puts it inside an "<|im_end|>" that a message wrote
 LONG_RUN = 100_000  # tiktoken's regex engine overflows its stack on about 1,000,000 whitespace characters in a row
+MOST_IDS = 1 << 24  # a larger id in a file is a mistake: the list of all tokens would fill the memory
+LONGEST_WORD = 500  # characters, in training: the trainer's time grows with the square of a word's length
+# What a chat template may do: a step costs STEP, a character one, and a message allows PER_CHARACTER for each of its own
+STEP, BUDGET, PER_CHARACTER, LONGEST_TEMPLATE = 64, 1 << 24, 256, 1 << 18
 # A regex of these parts alone means the same to Oniguruma (tokenizers) and to fancy-regex (tiktoken)
 SAME_REGEX = re.compile(r"(?!.*([?*+]|3})[?*+])(\\p\{(L[ultmo]?|N|M|P|S)\}|\\[srnS]|\(\?(i:|!|:)|\{1,3\}"
                         r"|[][()|^?+*' /a-z])+")
@@ -163,6 +169,347 @@ def pairs(model):
     return [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or []]
 
 
+def border(function):
+    """Turns what the Rust libraries raise into UserError: their panics are BaseExceptions, their errors Exception."""
+    @functools.wraps(function)
+    def guarded(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except BaseException as e:
+            if type(e) is Exception or type(e).__name__ == "PanicException":
+                reason = " ".join(str(e).split())[:200]
+                raise UserError(f"the tokenizer's library gave up ({reason}): the regex or the vocabulary in "
+                                "tokenizer.json is broken, take the model's own file anew") from None
+            raise
+    return guarded
+
+
+# ----------------------------------------------------------------------------------------- files are not believed
+
+
+def said_in(said, text):
+    """Whether a text holds what was said, if it is compared without spaces, marks and case, or as JSON."""
+    squeezed = lambda x: re.sub(r"[\W_]+", "", x).casefold()
+    return squeezed(said) in squeezed(text) if squeezed(said) else json.dumps(said, ensure_ascii=False)[1:-1] in text
+
+
+def no_constant(name):
+    raise ValueError(f"{name} is not a number")
+
+
+def is_id(value):
+    return type(value) is int and 0 <= value < MOST_IDS
+
+
+def must(right, message):
+    if not right:
+        raise UserError(message)
+
+
+def check_tokenizer(data):
+    """Raises UserError if a part of tokenizer.json that is used here has the wrong type, size or number."""
+    def objects(value):
+        return isinstance(value, list) and all(isinstance(v, dict) for v in value)
+
+    model = data.get("model") if isinstance(data, dict) else None
+    must(isinstance(model, dict), "tokenizer.json has no model (an object with a vocabulary)")
+    for name, inner in ("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders"), (
+            "post_processor", "processors"):
+        part = data.get(name)
+        must(part is None or isinstance(part, dict) and objects(part.get(inner, [])),
+             f"tokenizer.json: {name} must be an object, and its {inner} a list of objects")
+    vocab, merges, added = model.get("vocab"), model.get("merges"), data.get("added_tokens")
+    if isinstance(vocab, list):  # Unigram: [token, log probability], by id
+        must(all(isinstance(v, list) and len(v) == 2 and isinstance(v[0], str) and type(v[1]) in (int, float)
+                 and abs(v[1]) < 1e30 for v in vocab), "tokenizer.json: vocab must hold pairs of a text and a number")
+        vocab = {v[0]: i for i, v in enumerate(vocab)}
+        must(len(vocab) == len(model["vocab"]), "tokenizer.json: a token stands twice in vocab")
+    must(isinstance(vocab, dict) and vocab, "tokenizer.json: vocab must be an object of tokens and ids, not empty")
+    for token, i in vocab.items():
+        must(is_id(i), f"tokenizer.json: the id of {token!r} is {i!r:.40}; it must be from 0 to {MOST_IDS - 1:,}")
+    tokens = {i: token for token, i in vocab.items()}
+    must(len(tokens) == len(vocab), "tokenizer.json: two tokens of vocab have the same id")
+    must(merges is None or isinstance(merges, list) and all(
+        len(m) == 2 and all(isinstance(t, str) and t for t in m) if isinstance(m, list)
+        else isinstance(m, str) and re.fullmatch(r"[^ ]+ [^ ]+", m) for m in merges),
+        "tokenizer.json: merges must be a list of pairs of tokens")
+    must(added is None or objects(added), "tokenizer.json: added_tokens must be a list of objects")
+    names = set()
+    for t in added or []:
+        name, i = t.get("content"), t.get("id")
+        must(isinstance(name, str) and name, f"tokenizer.json: an added token's content is {name!r:.40}, not a text")
+        must(is_id(i), f"tokenizer.json: the id of the added token {name!r:.80} is {i!r:.40}; it must be from 0 to "
+                       f"{MOST_IDS - 1:,}")
+        must(name not in names and tokens.setdefault(i, name) == name and vocab.get(name, i) == i,
+             f"tokenizer.json: the added token {name!r:.80} or its id {i} stands there twice")
+        must(all(isinstance(t.get(k, False), bool) for k in ("special", "lstrip", "rstrip", "single_word",
+                                                             "normalized")),
+             f"tokenizer.json: a flag of the added token {name!r:.80} is neither true nor false")
+        names.add(name)
+
+
+def check_config(config, file="tokenizer_config.json"):
+    """Raises UserError if a part of tokenizer_config.json that is used here has the wrong type."""
+    must(isinstance(config, dict), f"{file} must hold an object")
+    for key in ("eos_token", "bos_token", "unk_token", "pad_token"):
+        name = config.get(key)
+        name = name.get("content") if isinstance(name, dict) else name
+        must(name is None or isinstance(name, str), f"{file}: {key} must be a text, not {name!r:.40}")
+    template, longest = config.get("chat_template"), config.get("model_max_length")
+    must(template is None or isinstance(template, str) or isinstance(template, list) and all(
+        isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str)
+        for t in template), f"{file}: chat_template must be a text, or a list of objects with name and template")
+    must(longest is None or type(longest) in (int, float), f"{file}: model_max_length must be a number")
+
+
+def end_ids(config, file):
+    """The ids of eos_token_id in generation_config.json or config.json: none, one or a list."""
+    ids = config.get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    must(all(map(is_id, ids)), f"{file}: eos_token_id must be an id or a list of ids, not {ids!r:.60}")
+    return ids
+
+
+# ------------------------------------------------------------------------------------- chat templates are programs
+
+
+def weigh(value, most):
+    """(parts, size): how many values a value holds, and with their characters; what is held twice counts twice.
+
+    A list of two lists of two lists ... is small in memory and endless as text: the walk ends above `most`.
+    """
+    parts, size, rest = 0, 0, [value]
+    while rest and size <= most:
+        value = rest.pop()
+        parts, size = parts + 1, size + 1
+        if isinstance(value, (str, range)):
+            size += len(value)
+        elif isinstance(value, int):
+            size += value.bit_length() // 4
+        elif isinstance(value, (dict, *VIEWS, list, tuple, set, frozenset)):
+            size += len(value)
+            if size <= most:
+                rest += [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        elif type(value).__name__ == "Namespace":
+            rest.append(value._Namespace__attrs)
+    return parts, size
+
+
+VIEWS = type({}.keys()), type({}.values()), type({}.items())
+FORMATS = {"format", "format_map", "%"}  # numbers in the text are widths
+# The output is at most the text times the arguments; of all others it is at most their sum
+PRODUCTS = {*FORMATS, "replace", "join", "translate", "expandtabs", "indent", "tojson", "sum", "*"}
+SHALLOW = {"length", "count", "first", "last", "default", "d", "list", "items"}  # filters that look at no element
+
+
+@functools.lru_cache(64)
+def sandbox(metered, thread):
+    """(Jinja's environment for chat templates, as transformers has it; a function that sets what they may do next).
+
+    Jinja's sandbox keeps a template from files and from Python, not from running for ever. With metered=True each turn
+    of a loop, each call and each new value is paid from a budget, in characters, and what can make a long text of a
+    short one is paid before. Each thread has one of its own, and so its own budget.
+    """
+    from jinja2 import nodes, pass_context
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.runtime import Macro
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # as transformers: the template may be a stranger's
+    from jinja2.visitor import NodeTransformer
+    left = BUDGET
+
+    def reset(budget):
+        nonlocal left
+        left = budget
+
+    def spend(cost):
+        nonlocal left
+        left -= cost
+        if left < 0:
+            raise OverflowError("it takes too many steps or too much memory; take another template")
+
+    def charge(value):
+        spend(STEP + (len(value) if type(value) is str else weigh(value, left)[0]))
+        return value
+
+    def prepay(name, value, args):
+        """Pays for the most that a function of Python or Jinja can make of these, before it does."""
+        own, others = weigh(value, left)[1], 1
+        for arg in args:
+            others += 8 * abs(arg) if isinstance(arg, int) and name not in FORMATS else weigh(arg, left)[1]
+        if name in FORMATS and isinstance(value, str):
+            if re.search(r":[^{}]*\{|%[^a-zA-Z%]*\*", value):
+                raise OverflowError(f"{name} with a width that is computed is not supported")
+            others += sum(map(int, re.findall("[0-9]+", value)))
+        if name == "sum":  # of lists each sum is copied
+            others = own
+        spend(own * others if name in PRODUCTS else own + others)
+
+    class Generation(Extension):  # {% generation %} marks what the assistant says; for the text it is nothing
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
+
+    def raise_exception(message):
+        raise ValueError(message)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # Jinja's own escapes HTML
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(form):
+        must(len(form) < 999 and not re.search(r"[0-9]{3}", form), "strftime_now got a width")  # as in "%99999999d"
+        return datetime.datetime.now().strftime(form)
+
+    def paid(node, how="charge"):
+        return nodes.Filter(node, how, [], [], None, None, lineno=node.lineno)
+
+    def constant(node):
+        return isinstance(node, nodes.Const) or (
+            isinstance(node, (nodes.List, nodes.Tuple)) and all(map(constant, node.items)))
+
+    class Metering(NodeTransformer):
+        """Puts filters around what Jinja compiles without a call: charge (all of a value), glance (its length), tilde."""
+
+        def visit_For(self, node):
+            self.generic_visit(node)
+            outputs = sum(len(o.nodes) for o in node.find_all(nodes.Output))
+            turn = nodes.Const(" " * outputs, lineno=node.lineno)
+            node.body.insert(0, nodes.ExprStmt(paid(turn), lineno=node.lineno))
+            node.test = node.test and paid(node.test)
+            return node
+
+        def visit_Compare(self, node):
+            self.generic_visit(node)
+            sides, within = [node, *node.ops], any(o.op in ("in", "notin") for o in node.ops)
+            fixed = any(constant(side.expr) for side in sides)
+            for side in sides if within or not fixed else []:
+                listed = isinstance(side.expr, nodes.Name) or not fixed or side is not node
+                if not constant(side.expr) and listed:
+                    side.expr = paid(side.expr, "glance" if fixed else "charge")
+            return node
+
+        def visit_Test(self, node):
+            self.generic_visit(node)
+            if node.args or node.name in ("lower", "upper"):
+                node.node, node.args = paid(node.node), [a if constant(a) else paid(a) for a in node.args]
+            return node
+
+        def visit_Getitem(self, node):
+            self.generic_visit(node)
+            if isinstance(node.arg, nodes.Slice):
+                node.node = paid(node.node, "glance")
+            return node
+
+        def visit_Concat(self, node):
+            self.generic_visit(node)
+            return paid(nodes.List(node.nodes, lineno=node.lineno), "tilde")
+
+        def visit_Add(self, node):  # a + b + c ... is paid once, at the outermost, at the latest after 8
+            self.generic_visit(node)
+            terms, left = 1, node.left.node if isinstance(node.left, nodes.Filter) else None
+            while isinstance(left, nodes.Add):
+                terms, left = terms + 1, left.left
+            if 1 < terms < 8 and node.left.name == "charge":
+                node.left = node.left.node
+            return paid(node)
+
+        def visit_List(self, node):
+            self.generic_visit(node)
+            return node if constant(node) or getattr(node, "ctx", "load") != "load" else paid(node)
+
+        visit_Tuple = visit_Dict = visit_List
+
+    class Metered(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["*", "**", "%"])
+
+        def _parse(self, source, name, filename):
+            must(len(source) <= LONGEST_TEMPLATE, f"it is longer than {LONGEST_TEMPLATE:,} characters")
+            return Metering().visit(super()._parse(source, name, filename))
+
+        def is_safe_attribute(self, obj, attr, value):  # some codecs take minutes; without bytes there is less to count
+            return attr not in ("encode", "to_bytes") and super().is_safe_attribute(obj, attr, value)
+
+        def call_binop(self, context, operator, left, right):
+            if isinstance(left, int) and isinstance(right, int):
+                bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+                spend(STEP + bits * bits)
+            elif operator == "*":
+                number, other = (left, right) if isinstance(left, int) else (right, left)
+                prepay("*", other, [number])
+            elif isinstance(left, str):
+                prepay(operator, left, right if isinstance(right, tuple) else [right])
+            return super().call_binop(context, operator, left, right)
+
+        def call(__self, __context, __obj, *args, **kwargs):  # the names leave all others to keyword arguments
+            if isinstance(__obj, Macro):
+                spend(STEP)
+                return super().call(__context, __obj, *args, **kwargs)
+            args = [list(map(charge, a)) if isinstance(a, types.GeneratorType) else a for a in args]
+            method = getattr(__obj, "__wrapped__", __obj)  # of str.format, in the sandbox
+            own = getattr(method, "__self__", None)
+            if (type(own) is str or method is strftime_now) and method.__name__ not in PRODUCTS and not kwargs and all(
+                    type(a) is str for a in args):  # the most frequent: what they give is not longer
+                spend(STEP + len(own or "") + sum(map(len, args)))
+                return super().call(__context, __obj, *args)
+            if isinstance(method, types.BuiltinMethodType):
+                prepay(method.__name__, method.__self__, [*args, *kwargs.values()])
+            else:
+                charge([*args, *kwargs.values()])
+            return charge(super().call(__context, __obj, *args, **kwargs))
+
+        @staticmethod
+        def concat(pieces):
+            pieces = list(pieces)
+            spend(8 * len(pieces) + sum(map(len, pieces)))
+            return "".join(pieces)
+
+    def metered_filter(name, function):
+        first = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            value = args[first]
+            if type(value) is str and len(args) == first + 1 and not kwargs:
+                spend(STEP + 16 * len(value))  # HTML's "&quot;" is the longest that a character becomes, or %F0%9F%98%80
+                return function(*args)
+            if name in SHALLOW and hasattr(value, "__len__"):
+                spend(STEP + len(value))
+                return function(*args, **kwargs)
+            args = [list(map(charge, a)) if isinstance(a, types.GeneratorType) else a for a in args]
+            prepay(name, args[first], [*args[first + 1:], *kwargs.values()])
+            return charge(function(*args, **kwargs))
+        return call
+
+    def glance(value):
+        spend(STEP + (len(value) if isinstance(value, (str, list, tuple, dict)) else 0))
+        return value
+
+    def tilde(values):
+        spend(STEP + sum(len(v) if type(v) is str else weigh(v, left)[1] for v in values))
+        return "".join(map(str, values))
+
+    def shown(value):
+        if type(value) is not str:
+            spend(weigh(value, left)[1])
+        return value
+
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [loopcontrols, Generation]}
+    env = Metered(**options, finalize=shown) if metered else ImmutableSandboxedEnvironment(**options)
+    env.filters["tojson"] = tojson
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = strftime_now
+    env.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the class: its methods change things
+    if metered:
+        for name in "pprint", "striptags", "urlize", "wordwrap", "xmlattr":  # for HTML, slow on purpose-made texts
+            del env.filters[name]
+        del env.globals["lipsum"]
+        env.filters.update({name: metered_filter(name, function) for name, function in env.filters.items()})
+        # with the context Jinja does not compute them while it compiles
+        env.filters.update({f.__name__: pass_context(lambda _, value, f=f: f(value)) for f in (charge, glance, tilde)})
+    return env, reset
+
+
 class Tokenizer:
     """`data` is the content of tokenizer.json, `config` that of tokenizer_config.json, `ends` further ids in eos_ids.
 
@@ -179,7 +526,10 @@ class Tokenizer:
     middle of a text) and `token_bytes` counts it. Raises UserError for what neither back-end can read.
     """
 
+    @border
     def __init__(self, data, config, ends=()):
+        check_tokenizer(data)
+        check_config(config)
         self.data, self.config, model = data, config, data["model"]
         decoder = data.get("decoder") or {}
         kinds = {d.get("type") for d in decoder.get("decoders", [decoder])}
@@ -202,7 +552,7 @@ class Tokenizer:
             self._bytes[i] = token.encode("utf-8")
 
         self.pattern, self.normalizer = tiktoken_plan(data) or (None, None)
-        self._engines = {}
+        self._engines, self._compiled = {}, {}
         if self.pattern:
             # some vocabularies lack bytes; the library has its own way with them, so it gets the texts that hold one
             missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
@@ -251,6 +601,7 @@ class Tokenizer:
 
     # ---------------------------------------------------------------------------------------------- encode and decode
 
+    @border
     def encode_array(self, text, special=False):
         """Like `encode`, as a uint32 array (no Python integer per token)."""
         try:
@@ -301,6 +652,7 @@ class Tokenizer:
         """The bytes of `ids`, piece by piece as they come: unused ids give none, special tokens their text."""
         return b"".join([self._bytes[i] for i in ids])
 
+    @border
     def decode(self, ids):
         """The text of `ids`, from its beginning; half a character (tokens are bytes) becomes U+FFFD."""
         if not self.pattern:
@@ -319,12 +671,19 @@ class Tokenizer:
         out again: no message can end its own turn. Raises UserError if the template fails.
         """
         names = {k: self._name(k) for k in ("bos_token", "unk_token", "pad_token") if self._name(k)}
+        messages = self._guard(messages)
         try:
-            return self._template.render(messages=self._guard(messages), add_generation_prompt=add_generation_prompt,
-                                         tools=None, documents=None, eos_token=self.eos_token, **names)
+            text = self._template(messages).render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                                   tools=None, documents=None, eos_token=self.eos_token, **names)
         except Exception as e:  # a template is a program of someone else's: it can fail in any way
-            reason = " ".join(str(e).split()) or type(e).__name__
+            reason = " ".join(str(e).split())[:300] or type(e).__name__
             raise UserError(f"the tokenizer's chat template failed: {reason}") from None
+        said = messages[-1].get("content") if messages else None
+        if isinstance(said, str) and said.strip() not in text and not said_in(said, text):
+            raise UserError(f"the tokenizer's chat template loses the text of the message of {messages[-1].get('role')}"
+                            " (it may want parts, or other names): give the model a template for plain text, as "
+                            "chat_template in tokenizer_config.json or as chat_template.jinja")
+        return text
 
     def _guard(self, value):
         """A copy of messages in which no text holds a special token (several rounds, as they may overlap)."""
@@ -336,31 +695,15 @@ class Tokenizer:
             value = self._unsafe.sub(lambda m: m[0][0] + GUARD + m[0][1:], value)
         return value
 
-    @functools.cached_property
-    def _template(self):
-        from jinja2 import nodes
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # as transformers: the template may be a stranger's
-
-        class Generation(Extension):  # {% generation %} marks what the assistant says; for the text it is nothing
-            tags = {"generation"}
-
-            def parse(self, parser):
-                line = next(parser.stream).lineno
-                return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
-
-        def raise_exception(message):
-            raise ValueError(message)
-
-        def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # Jinja's own escapes HTML
-            return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
-        env.filters["tojson"] = tojson
-        env.globals["raise_exception"] = raise_exception
-        env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        env.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the class: its methods change things
-        return env.from_string(self.chat_template)
+    def _template(self, messages):
+        """This thread's compiled chat template, with a budget for these messages; ours needs none."""
+        metered, thread = self.chat_template not in (CHATML, PLAIN), threading.get_ident()
+        env, reset = sandbox(metered, thread)
+        if metered:
+            reset(BUDGET + PER_CHARACTER * sum(len(m.get("content") or "") for m in messages))
+        if self._compiled.get(thread, [None])[0] != self.chat_template:
+            self._compiled[thread] = self.chat_template, env.from_string(self.chat_template)
+        return self._compiled[thread][1]
 
     def _name(self, key):
         value = self.config.get(key)
@@ -393,27 +736,41 @@ class Tokenizer:
         """
         directory = Path(directory)
 
+        def text_of(name):
+            try:
+                return (directory / name).read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as e:
+                raise UserError(f"{directory / name} is not UTF-8 text ({e.reason} at byte {e.start})") from None
+
         def read(name):
             if not (directory / name).is_file():
                 return None
             try:
-                return json.loads((directory / name).read_text(encoding="utf-8"))
-            except ValueError as e:
+                content = json.loads(text_of(name), parse_constant=no_constant)
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"{directory / name} is not valid JSON ({e})") from None
+            must(isinstance(content, dict), f"{directory / name} must hold a JSON object")
+            return content
 
         data, config = read("tokenizer.json"), read("tokenizer_config.json") or {}
-        ends = (read("generation_config.json") or {}).get("eos_token_id")
+        names = read("special_tokens_map.json") or {}
+        check_config(names, directory / "special_tokens_map.json")
+        for key in ("eos_token", "bos_token", "unk_token", "pad_token"):
+            if config.get(key) is None and names.get(key) is not None:
+                config[key] = names[key]
+        ends = [i for name in ("generation_config.json", "config.json")
+                for i in end_ids(read(name) or {}, directory / name)]
         if (directory / "chat_template.jinja").is_file():
-            config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+            config["chat_template"] = text_of("chat_template.jinja")
         if data is None and (directory / "merges.txt").is_file() and (vocab := read("vocab.json")):
-            lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
+            lines = text_of("merges.txt").splitlines()
             merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
             data = tokenizer_json(vocab, merges, {t: vocab[t] for t in ["<|endoftext|>"] if t in vocab})
         if data is None:
             raise UserError(f"{directory} holds no tokenizer.json, nor vocab.json with merges.txt"
                             " (a tokenizer.model alone, SentencePiece, is not supported)")
         try:
-            return cls(data, config, ends if isinstance(ends, list) else [] if ends is None else [ends])
+            return cls(data, config, ends)
         except UserError as e:
             raise UserError(f"{directory}: {e}") from None
         except Exception as e:  # the tokenizers library raises no narrower class
@@ -432,6 +789,7 @@ class Tokenizer:
         return cls._build([bytes([b]) for b in range(256)])
 
     @classmethod
+    @border
     def train(cls, texts, vocab_size):
         """Learn BPE from an iterator of str; vocab_size counts the 256 bytes and SPECIALS (which get the last ids).
 
@@ -440,11 +798,12 @@ class Tokenizer:
         import tokenizers
         from tokenizers import models, pre_tokenizers, trainers
 
-        # one "word" of a megabyte costs the trainer minutes and teaches nothing
-        endless = re.compile(r"[^\W\d_]{2000,}|\s{2000,}|[^\w\s]{2000,}")
+        # one "word" of a megabyte costs the trainer minutes and teaches nothing; whatever is left is cut
+        endless = re.compile(r"[^\W\d_]{2000,}|\s{2000,}|(?:[^\w\s]|_){2000,}")
+        words = QWEN2.replace("+", f"{{1,{LONGEST_WORD}}}").replace("*", f"{{0,{LONGEST_WORD}}}")
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(tokenizers.Regex(QWEN2), "isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(words), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         bpe.train_from_iterator((endless.sub("", text) for text in texts), trainers.BpeTrainer(
             vocab_size=vocab_size - len(SPECIALS), initial_alphabet=byte_alphabet(), show_progress=False))

@@ -1,7 +1,8 @@
 """Values from JSON files: a table says what type and range each has, before one of them takes memory or begins a loop."""
 from data import UserError
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a JSON object"}
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list",
+         dict: "a JSON object"}
 
 
 def check_values(values, table, where, names=None, needed=()):
