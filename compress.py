@@ -1840,14 +1840,20 @@ def check_out(out, source, is_file, overwrite):
     check_writable(out)
 
 
+def is_made(out, steps, source):
+    """Whether the model in `out` is what `steps` made of the one in `source`."""
+    history = read_json(out / "config.json").get("history") if (out / "config.json").is_file() else None
+    made = history[-len(steps):] if isinstance(history, list) else []
+    return ([entry.get("step") for entry in made] == [step.name for step in steps]
+            and made[0].get("parent", {}).get("sha256") == checkpoint_hash(source))
+
+
 def check_writable(out):
     """Raises UserError if nothing can be written beside `out`: before the work, not after it."""
     parent = next(p for p in out.absolute().parents if p.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {parent}: {error.strerror}") from None
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "nothing may be written there" if parent.is_dir() else "Not a directory"
+        raise UserError(f"--out {out} cannot be written: {parent}: {why}")
 
 
 def check_flags(args, steps):
@@ -1891,12 +1897,15 @@ def main(argv=None):
     steps = parse_chain(args.steps)                             # all that can be refused is refused before any work
     out = Path(args.out) if Path(args.out).name else Path(args.out).resolve()      # "." has no name to write beside
     args.out, directory, to_file = str(out), whole(args.model), steps[-1].name == "gguf"
+    stages, kept = out.with_name(out.name + ".stages"), len(steps) > 1 or looks(steps)
+    if args.resume and is_made(out, steps, directory):           # a kill left the stages beside it
+        remove_tree(stages)
+        return print(f"{out} is made already, by this chain from this model")
     check_out(out, directory, to_file, args.overwrite)
     check_flags(args, steps)
     check_order(steps, load(directory))
     if to_file:
         import_gguf()
-    stages, kept = out.with_name(out.name + ".stages"), len(steps) > 1 or looks(steps)
     if kept:
         open_stages(stages, args)
     with told_how_to_go_on(stages):

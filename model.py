@@ -38,8 +38,9 @@ people, for medical, legal or financial advice, or for anything where a mistake 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "num_key_value_heads", "head_dim", "max_position_embeddings")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-SCALED = {"default": (), "linear": ("factor",), "longrope": ("factor", "short_factor", "original_max_position_embeddings"),
-          "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+SCALED = {"default": (), "linear": ("factor",),                # kinds of rotary positions, and what each needs to know
+          "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+          "longrope": ("factor", "short_factor", "original_max_position_embeddings")}
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
 WINDOWS = ("full_attention", "sliding_attention")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
@@ -104,7 +105,8 @@ class Config:
                             f"({self.rope['high_freq_factor']})")
         for name in {"short_factor", "long_factor"} & self.rope.keys() if kind == "longrope" else ():
             if len(self.rope[name]) != turned // 2:
-                raise UserError(f"{name} has {len(self.rope[name])} numbers; {turned} rotary channels need {turned // 2}")
+                raise UserError(f"{name} has {len(self.rope[name])} numbers; {turned} rotary channels need "
+                                f"{turned // 2}")
         if self.layer_types is not None:
             check_values(vars(self), {"layer_types": ([str],)}, "the model's shape")
             if len(self.layer_types) < self.num_hidden_layers or set(self.layer_types) - set(WINDOWS):
@@ -1617,8 +1619,8 @@ def read_config(directory):
     method = hub.get("quantization_config") or hub.get("compression_config")
     if method:
         method = method.get("quant_method") if isinstance(method, dict) else None
-        raise UserError(f"{path} has quantization_config{f' ({method})' if method else ''}: weights in that form are not "
-                        "read here; take the model before it was quantized, or write it with transformers: "
+        raise UserError(f"{path} has quantization_config{f' ({method})' if method else ''}: weights in that form are "
+                        "not read here; take the model before it was quantized, or write it with transformers: "
                         "model.dequantize().save_pretrained(NEW_DIR)")
     return hub
 
@@ -1626,7 +1628,7 @@ def read_config(directory):
 def config_from_hub(hub):
     """The Config of a parsed config.json. Raises UserError for a family or a setting this code does not have."""
     switches = hub.get("switches") or {}              # what the family's format cannot say: see config_to_hub
-    unknown = sorted(switches.keys() - {f.name for f in dataclasses.fields(Config)} | switches.keys() & {"hub", "model_type"})
+    unknown = sorted(switches.keys() - ({f.name for f in dataclasses.fields(Config)} - {"hub", "model_type"}))
     if unknown:
         raise UserError(f"config.json sets {', '.join(unknown)}, which Config in this model.py does not have: the "
                         "model was written by a changed model.py, and only that one opens it")
@@ -1677,8 +1679,9 @@ def rope_from_hub(found, family, window):
                         f"{', '.join(family.rope_types)}")
     nested = [k for k, v in rope.items() if isinstance(v, dict)]
     if nested or rope["partial_rotary_factor"] != 1 and not family.partial:
-        raise UserError(f"{family.architecture} has no rotary positions with {(nested or ['partial_rotary_factor'])[0]}; "
-                        "take it out of config.json if the model was trained without it")
+        name = (nested or ["partial_rotary_factor"])[0]
+        raise UserError(f"{family.architecture} has no rotary positions with {name}; take it out of config.json if the "
+                        "model was trained without it")
     if kind in ("llama3", "longrope"):
         first = found if "original_max_position_embeddings" in family.defaults else rope
         rope["original_max_position_embeddings"] = first.get("original_max_position_embeddings", window)
@@ -1778,6 +1781,7 @@ def whole(path):
 
 
 def read_json(path):
+    """A file's JSON object as a dict. Raises UserError."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         json.dumps(value, ensure_ascii=False).encode("utf-8")        # half a surrogate pair can be read, not written
@@ -1794,7 +1798,7 @@ BESIDE = {"an adapter": ("adapter_config.json", "adapter_model.safetensors", "ad
 
 
 def refuse_beside(directory):
-    """Raises UserError for files beside the weights without which those are another model, and that are not read here."""
+    """Raises UserError for files beside the weights that change what these mean, and that are not read here."""
     for kind, names in BESIDE.items():
         for name in names:
             if (Path(directory) / name).exists():
@@ -1830,6 +1834,17 @@ def read_tensors(directory):
     return tensors
 
 
+@contextlib.contextmanager
+def config_to_blame(directory):
+    """Turns errors inside into a UserError that names config.json."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{directory / 'config.json'}: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{directory / 'config.json'} has a value that cannot be ({error!r})") from None
+
+
 def empty(config, hub):
     """The model of a config, its compressed layers too, without memory for the tensors."""
     with torch.device("meta"):
@@ -1849,9 +1864,11 @@ def load(path, device="cpu", dtype=None, finite=True):
     """
     directory = whole(path)
     refuse_beside(directory)
-    hub, tensors = read_config(directory), read_tensors(directory)
-    try:
+    hub = read_config(directory)
+    with config_to_blame(directory):
         config = config_from_hub(hub)
+    tensors = read_tensors(directory)
+    with config_to_blame(directory):
         if config.num_hidden_layers > len(tensors):
             raise UserError(f"there are {config.num_hidden_layers:,} layers, but the file of weights holds only "
                             f"{len(tensors):,} tensors")
@@ -1869,10 +1886,6 @@ def load(path, device="cpu", dtype=None, finite=True):
                 config.tie_word_embeddings = False
                 model = empty(config, hub)
                 shapes = {name: t.shape for name, t in model.state_dict().items()}
-    except UserError as error:
-        raise UserError(f"{directory / 'config.json'}: {error}") from None
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{directory / 'config.json'} has a value that cannot be ({error!r})") from None
     if config.tie_word_embeddings:
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith("lm_head.")}
     missing, unknown = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
@@ -1892,8 +1905,8 @@ def load(path, device="cpu", dtype=None, finite=True):
                             "float32, float16 or bfloat16")
     for name, t in tensors.items() if finite else ():
         if t.is_floating_point() and not t.sum(dtype=torch.float32).isfinite() and not t.isfinite().all():
-            raise UserError(f"{directory}: {name} holds values that are infinite or not a number, so the model computes "
-                            "nothing: its training diverged, or the file is damaged; take an earlier checkpoint")
+            raise UserError(f"{directory}: {name} holds values that are infinite or not a number: its training "
+                            "diverged, or the file is damaged; take an earlier checkpoint")
     model.load_state_dict(tensors, strict=False, assign=True)    # strict: see above
     model.tie_weights()
     model.history, model.exits = hub.get("history") or [], hub.get("exits") or []

@@ -564,6 +564,21 @@ class ModelAndLoss(nn.Module):
         return self.loss_fn(self.model, batch)
 
 
+def check_memory(model, cfg, machine):
+    """Raises UserError if what the blocks keep of one micro-batch for the backward pass, counted low, is more than all
+    the memory of this machine: Linux would end the process without a word."""
+    if machine.device.type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    c, share = model.config, cfg.batch_size // machine.size
+    tokens = min(cfg.micro_batch or share, share) * cfg.context
+    least = 4 * tokens * (c.num_hidden_layers * (4 * c.hidden_size + 2 * c.intermediate_size) if not
+                          cfg.checkpoint_activations else c.num_hidden_layers * c.hidden_size)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if least > memory:
+        raise UserError(f"{tokens:,} tokens at once need more than {least / 1e9:,.0f} GB, and this machine has "
+                        f"{memory / 1e9:,.0f}: lower --micro-batch, --batch-size or --context")
+
+
 def train_step(step, forward, batches, optimizers, scaler, cfg, machine):
     """One step: (loss summed over supervised tokens, their number, norm of the gradient, sums of the loss's metrics).
 
@@ -648,6 +663,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     Raises UserError when the loss or the gradient stops being finite; last/ is then the last good state.
     """
     out, device, fsdp = Path(cfg.out), machine.device, cfg.fsdp and machine.size > 1
+    check_memory(model, cfg, machine)
     ddp = machine.size > 1 and not fsdp
     agree(machine, {**dataclasses.asdict(cfg), **entry})
     scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
@@ -663,7 +679,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         scaler.load_state_dict(state["scaler"])
         if isinstance(loss_fn, nn.Module):
             loss_fn.load_state_dict(state["loss"])
-        parents = parents[:-1]                                               # the last entry is this run's own
+        parents, its = parents[:-1], parents[-1]                             # the last entry is this run's own
     forward = ModelAndLoss(model, loss_fn)
     if fsdp:
         shard(forward, machine)
@@ -726,6 +742,8 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     passed = evaluations(step, total, origin, cfg)
     learned, before = [0.0, 0], (math.inf, math.inf)     # since the last evaluation: loss, tokens; its two losses
     saved = shown = time.perf_counter()
+    if cfg.resume and its.get("val_loss") == best and best_loss(out) != best:            # a kill came between two saves
+        keep("best", **{k: v for k, v in its.items() if k.startswith("val_")})
     if total and step >= total:
         say(machine, f"{out} is at step {step} of {total} already: --steps N goes on")
     elif cfg.resume and total != state["total"]:
@@ -807,10 +825,10 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
                     f"heart. {out / 'best'} keeps the model with the lowest validation loss; more text, fewer steps or "
                     "--dropout 0.1 help")
             before, learned = (mean, figures["loss"]), [0.0, 0]
-            if figures["loss"] < best:
-                best = figures["loss"]
+            improved, best = figures["loss"] < best, min(best, figures["loss"])
+            keep("last", **val)                                              # first: a kill between the two loses nothing
+            if improved:
                 keep("best", **val)
-            keep("last", **val)
             saved = time.perf_counter()
         elif stop or due:
             keep("last")
@@ -825,6 +843,13 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     log.close()
     wanted.restore()
     return figures
+
+
+def best_loss(out):
+    """The validation loss of OUT/best by its history; None if there is none."""
+    file = out / "best" / "config.json"
+    history = read_json(file).get("history") if file.is_file() else None
+    return history[-1].get("val_loss") if history else None
 
 
 def remove(out, *names):
@@ -1058,7 +1083,7 @@ def check_out(cfg):
         refuse_foreign(out / d, MODEL)
     last, held = is_saved(out / "last"), is_saved(out / "last") or is_saved(out / "best")
     for file in sorted(out.iterdir()) if out.is_dir() and not held else ():             # of a run before its first save
-        log = file.name == "log.jsonl" and (not file.stat().st_size or read_log(file))
+        log = file.name in ("log.jsonl", ".log.jsonl.new") and (not file.stat().st_size or read_log(file))
         if not log and not is_ours(file.name, BEGUN):
             raise UserError(f"--out {out} holds {file.name}, which is no part of a run: give another --out")
     if last and is_next_try(out):

@@ -294,18 +294,15 @@ def encode_example(tokenizer, prompt, response):
     full = tokenizer.render([user, assistant], add_generation_prompt=False)
     if not full.startswith(prompt):
         raise UserError("the tokenizer's chat template does not write an answer right after its generation prompt")
-    head = np.array(tokenizer.encode(prompt, special=True, bos=True), np.uint32)  # as sample.py encodes it
-    # Where one token would span the border of prompt and response, the head stays as in a chat, which has to go on from
-    # it. The response is then what follows a text that it does not melt with: never alone, if that puts a space before
-    # it (SentencePiece); byte-level BPE puts none.
-    for before in (prompt, "\n", "."):
-        start = tokenizer.encode_array(before, special=True)
-        tail = tokenizer.encode_array(before + full[len(prompt):], special=True)
-        if (tail[:len(start)] == start).all():
-            tail = tail[len(start):]
+    rest, encoded = full[len(prompt):], lambda text: tokenizer.encode(text, special=True, bos=True)
+    head = encoded(prompt)  # the very ids that a chat begins with, whatever comes
+    # Where one token would span the border of prompt and response, the head stays as it is and the response is encoded
+    # behind a text that it does not melt with. Alone it would get a space before it in SentencePiece's kind only.
+    for before in (prompt, "") if tokenizer.pattern else (prompt, "\n", ".", ""):
+        start, both = head if before == prompt else encoded(before), encoded(before + rest)
+        if both[:len(start)] == start:
             break
-    else:
-        tail = tokenizer.encode_array(full[len(prompt):], special=True)
+    head, tail = np.array(head, np.uint32), np.array(both[len(start):], np.uint32)
     ends = np.flatnonzero(np.isin(tail, tokenizer.eos_ids))
     tail = tail[:ends[-1] + 1] if len(ends) else np.append(tail, np.uint32(tokenizer.eos_id))
     mask = np.zeros(len(head) + len(tail), np.uint8)

@@ -46,11 +46,12 @@ PLAIN = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'Assistant:
          "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
 
 GUARD = "\ufdd0"  # a Unicode noncharacter: render() puts it inside an "<|im_end|>" that a message wrote
+PROBE = "a A1½_-!'s\n\r\n\t \u00a0e\u0301日🙂\x00  x  "  # a character of each kind that a regex tells apart
 LONG_RUN = 100_000  # tiktoken's regex engine overflows its stack on about 1,000,000 whitespace characters in a row
 MOST_IDS = 1 << 24  # a larger id in a file is a mistake: the list of all tokens would fill the memory
 LONGEST_WORD = 500  # characters, in training: the trainer's time grows with the square of a word's length
 # What a chat template may do: a step costs STEP, a character one, and a message allows PER_CHARACTER for each of its own
-STEP, BUDGET, PER_CHARACTER, LONGEST_TEMPLATE = 64, 1 << 24, 256, 1 << 18
+STEP, BUDGET, PER_CHARACTER, LONGEST_TEMPLATE = 64, 1 << 24, 256, 1 << 17
 # A regex of these parts alone means the same to Oniguruma (tokenizers) and to fancy-regex (tiktoken)
 SAME_REGEX = re.compile(r"(?!.*([?*+]|3})[?*+])(\\p\{(L[ultmo]?|N|M|P|S)\}|\\[srnS]|\(\?(i:|!|:)|\{1,3\}"
                         r"|[][()|^?+*' /a-z])+")
@@ -169,6 +170,10 @@ def pairs(model):
     return [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or []]
 
 
+def is_panic(error):
+    return type(error).__name__ == "PanicException"  # pyo3_runtime's, which cannot be imported
+
+
 def border(function):
     """Turns what the Rust libraries raise into UserError: their panics are BaseExceptions, their errors Exception."""
     @functools.wraps(function)
@@ -176,7 +181,7 @@ def border(function):
         try:
             return function(*args, **kwargs)
         except BaseException as e:
-            if type(e) is Exception or type(e).__name__ == "PanicException":
+            if type(e) is Exception or is_panic(e):
                 reason = " ".join(str(e).split())[:200]
                 raise UserError(f"the tokenizer's library gave up ({reason}): the regex or the vocabulary in "
                                 "tokenizer.json is broken, take the model's own file anew") from None
@@ -190,7 +195,8 @@ def border(function):
 def said_in(said, text):
     """Whether a text holds what was said, if it is compared without spaces, marks and case, or as JSON."""
     squeezed = lambda x: re.sub(r"[\W_]+", "", x).casefold()
-    return squeezed(said) in squeezed(text) if squeezed(said) else json.dumps(said, ensure_ascii=False)[1:-1] in text
+    return bool(squeezed(said)) and squeezed(said) in squeezed(text) or json.dumps(
+        said, ensure_ascii=False)[1:-1] in text
 
 
 def no_constant(name):
@@ -224,7 +230,7 @@ def check_tokenizer(data):
                  and abs(v[1]) < 1e30 for v in vocab), "tokenizer.json: vocab must hold pairs of a text and a number")
         vocab = {v[0]: i for i, v in enumerate(vocab)}
         must(len(vocab) == len(model["vocab"]), "tokenizer.json: a token stands twice in vocab")
-    must(isinstance(vocab, dict) and vocab, "tokenizer.json: vocab must be an object of tokens and ids, not empty")
+    must(isinstance(vocab, dict), "tokenizer.json: vocab must be an object of tokens and ids")
     for token, i in vocab.items():
         must(is_id(i), f"tokenizer.json: the id of {token!r} is {i!r:.40}; it must be from 0 to {MOST_IDS - 1:,}")
     tokens = {i: token for token, i in vocab.items()}
@@ -240,7 +246,7 @@ def check_tokenizer(data):
         must(isinstance(name, str) and name, f"tokenizer.json: an added token's content is {name!r:.40}, not a text")
         must(is_id(i), f"tokenizer.json: the id of the added token {name!r:.80} is {i!r:.40}; it must be from 0 to "
                        f"{MOST_IDS - 1:,}")
-        must(name not in names and tokens.setdefault(i, name) == name and vocab.get(name, i) == i,
+        must(name not in names and tokens.setdefault(i, name) == name,
              f"tokenizer.json: the added token {name!r:.80} or its id {i} stands there twice")
         must(all(isinstance(t.get(k, False), bool) for k in ("special", "lstrip", "rstrip", "single_word",
                                                              "normalized")),
@@ -274,7 +280,7 @@ def end_ids(config, file):
 
 
 def weigh(value, most):
-    """(parts, size): how many values a value holds, and with their characters; what is held twice counts twice.
+    """(parts, size): how many values a value holds, and STEP for each with its characters; what is held twice counts twice.
 
     A list of two lists of two lists ... is small in memory and endless as text: the walk ends above `most`.
     """
@@ -287,12 +293,13 @@ def weigh(value, most):
         elif isinstance(value, int):
             size += value.bit_length() // 4
         elif isinstance(value, (dict, *VIEWS, list, tuple, set, frozenset)):
-            size += len(value)
+            size += STEP * len(value)
             if size <= most:
                 rest += [*value.keys(), *value.values()] if isinstance(value, dict) else value
         elif type(value).__name__ == "Namespace":
+            size += STEP  # it may hold itself
             rest.append(value._Namespace__attrs)
-    return parts, size
+    return (parts if size <= most else size), size
 
 
 VIEWS = type({}.keys()), type({}.values()), type({}.items())
@@ -328,7 +335,10 @@ def sandbox(metered, thread):
             raise OverflowError("it takes too many steps or too much memory; take another template")
 
     def charge(value):
-        spend(STEP + (len(value) if type(value) is str else weigh(value, left)[0]))
+        if type(value) is str:
+            spend(STEP + len(value))
+        else:
+            spend(STEP * weigh(value, left)[0] + (value.bit_length() if isinstance(value, int) else 0))
         return value
 
     def prepay(name, value, args):
@@ -374,7 +384,7 @@ def sandbox(metered, thread):
         def visit_For(self, node):
             self.generic_visit(node)
             outputs = sum(len(o.nodes) for o in node.find_all(nodes.Output))
-            turn = nodes.Const(" " * outputs, lineno=node.lineno)
+            turn = nodes.Const(" " * 8 * outputs, lineno=node.lineno)
             node.body.insert(0, nodes.ExprStmt(paid(turn), lineno=node.lineno))
             node.test = node.test and paid(node.test)
             return node
@@ -443,7 +453,7 @@ def sandbox(metered, thread):
 
         def call(__self, __context, __obj, *args, **kwargs):  # the names leave all others to keyword arguments
             if isinstance(__obj, Macro):
-                spend(STEP)
+                spend(4 * STEP)
                 return super().call(__context, __obj, *args, **kwargs)
             args = [list(map(charge, a)) if isinstance(a, types.GeneratorType) else a for a in args]
             method = getattr(__obj, "__wrapped__", __obj)  # of str.format, in the sandbox
@@ -455,6 +465,7 @@ def sandbox(metered, thread):
             if isinstance(method, types.BuiltinMethodType):
                 prepay(method.__name__, method.__self__, [*args, *kwargs.values()])
             else:
+                spend(4 * STEP)
                 charge([*args, *kwargs.values()])
             return charge(super().call(__context, __obj, *args, **kwargs))
 
@@ -491,7 +502,7 @@ def sandbox(metered, thread):
 
     def shown(value):
         if type(value) is not str:
-            spend(weigh(value, left)[1])
+            spend(STEP + weigh(value, left)[1])
         return value
 
     options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [loopcontrols, Generation]}
@@ -526,7 +537,6 @@ class Tokenizer:
     middle of a text) and `token_bytes` counts it. Raises UserError for what neither back-end can read.
     """
 
-    @border
     def __init__(self, data, config, ends=()):
         check_tokenizer(data)
         check_config(config)
@@ -542,6 +552,7 @@ class Tokenizer:
         self.special_tokens = {t["content"]: t["id"] for t in added if t.get("special")}
         self._added = {t["content"]: t["id"] for t in added}  # also those that are not special, such as Phi's spaces
         vocab = model["vocab"] if kind == "BPE" else {t: i for i, (t, _) in enumerate(model["vocab"])}
+        must(vocab, "tokenizer.json: the vocabulary is empty")
         self.vocab_size = max([*vocab.values(), *self._added.values()]) + 1
         self._bytes = [b""] * self.vocab_size
         to_bytes = unspell if "ByteLevel" in kinds else from_sentencepiece
@@ -561,7 +572,9 @@ class Tokenizer:
             # a special token that is never asked for: with none tiktoken finds "" at every character, 1.4 x the time
             self._encoding = tiktoken.Encoding("slm", pat_str=self.pattern, mergeable_ranks=ranks,
                                                special_tokens={GUARD: self.vocab_size + 256})
-        else:
+            if self._encoding.decode_bytes(self._encoding.encode(PROBE)) != PROBE.encode("utf-8"):
+                self.pattern = self.normalizer = None  # tiktoken drops what a regex leaves out, the library keeps it
+        if not self.pattern:
             self._library(False)  # now, so that a broken file is an error at once
         always = self._added.keys() - self.special_tokens.keys()
         self._find = {True: any_of(self._added), False: any_of(always)}
@@ -773,7 +786,9 @@ class Tokenizer:
             return cls(data, config, ends)
         except UserError as e:
             raise UserError(f"{directory}: {e}") from None
-        except Exception as e:  # the tokenizers library raises no narrower class
+        except BaseException as e:  # the tokenizers library raises no narrower class than Exception
+            if not isinstance(e, Exception) and not is_panic(e):
+                raise
             raise UserError(f"{directory / 'tokenizer.json'} is not a tokenizer that can be read ({e!r})") from None
 
     @classmethod

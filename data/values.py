@@ -1,4 +1,4 @@
-"""Values from JSON files: a table says what type and range each has, before one of them takes memory or begins a loop."""
+"""Values from JSON files: a table says which types and ranges may be, before a value takes memory or begins a loop."""
 from data import UserError
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list",
@@ -21,9 +21,10 @@ def check_values(values, table, where, names=None, needed=()):
         if name in values and not fits(values[name], *table[name]):
             kind, *limits = table[name]
             words = f"a list, each item {WORDS[kind[0]]}" if isinstance(kind, list) else WORDS[kind]
+            words += f" from {limits[0]:,} to {limits[1]:,}" if limits else ""
             shown = repr(values[name])
-            raise UserError(f"{where}: {says} is {shown if len(shown) < 80 else shown[:76] + ' ...'}; it must be {words}"
-                            + (f" from {limits[0]:,} to {limits[1]:,}" if limits else ""))
+            shown = shown if len(shown) < 80 else shown[:76] + " ..."
+            raise UserError(f"{where}: {says} is {shown}; it must be {words}")
 
 
 def fits(value, kind, *limits):

@@ -278,7 +278,7 @@ def test_an_id_beyond_the_vocabulary_is_found(prepared, tmp_path):
     ids = np.fromfile(data / "train.bin", np.uint16)
     ids[-1] = 259
     ids.tofile(data / "train.bin")
-    with pytest.raises(UserError, match="train.bin holds the id 259, and the tokenizer has only 259"):
+    with pytest.raises(UserError, match="train.bin holds the id 259, and meta.json says that there are only 259"):
         open_split(data, "train")
     assert len(open_split(data, "val")[1])
 
