@@ -60,11 +60,11 @@ Biases, norms and learned positions stay float. All other steps write a model di
 quantized layers multiply in C, compiled once (model.py, KERNELS): generation is faster than dense. Without a compiler,
 and on a GPU, each use dequantizes the weights, and it is slower; --measure and sample.py say which it was.
 """
-import collections, contextlib, copy, difflib, hashlib, heapq, itertools, json, math, os, platform, re, shlex, shutil, sys
-import tempfile, time, types, typing
+import collections, contextlib, copy, difflib, hashlib, heapq, itertools, json, math, os, platform, re, shlex, shutil
+import sys, time, types, typing
 from pathlib import Path
 
-import data  # noqa: F401: first, so that Ctrl-C is quiet while torch is imported
+import data  # noqa: F401 - first, so that Ctrl-C is quiet while torch is imported
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -75,12 +75,12 @@ import distill, sample, train
 from data import (MODEL, REPORT, Parser, UserError, heldout, refuse_foreign, remove_tree, replacing_file, run, settle,
                   write_json)
 from data.export import GGUF_STORED, GGUF_TYPES, import_gguf, write_gguf
-from data.loader import IGNORE, Batch, Windows
+from data.loader import IGNORE, Batch, Windows, read_meta
 from data.prepare import encode_example, find
 from data.tokenizer import Tokenizer
 from data.tokenizer import pairs as merge_pairs
 from model import (FAMILIES, LAYERS, SIZES, LowRankLinear, QuantLinear, Transformer, absmax_scales,
-                   checkpoint_hash, dequantized, load, minmax_grid, model_name, read_json, rounded,
+                   checkpoint_hash, dequantized, load, minmax_grid, model_name, read_config, read_json, rounded,
                    save, whole)
 
 
@@ -99,7 +99,7 @@ def calibration_data(model, tokenizer, args):
     """
     if not args.calibration:
         known = trained_on(model.history, args.smoke, "the model", "give --calibration, prepared data or a text file")
-        same = read_json(known / "meta.json")["tokenizer_hash"] == tokenizer.hash            # not after the step vocab
+        same = read_meta(known)["tokenizer_hash"] == tokenizer.hash            # not after the step vocab
         return known if same else in_ids_of(tokenizer, known, Path(args.run) / "data")
     if Path(args.calibration).is_file():
         return Path(args.calibration)
@@ -107,7 +107,7 @@ def calibration_data(model, tokenizer, args):
     if directory is None:
         raise UserError(f"--calibration {args.calibration} is not prepared yet: python data/prepare.py "
                         f"{args.calibration}, or name a text file")
-    if read_json(directory / "meta.json")["tokenizer_hash"] != tokenizer.hash:
+    if read_meta(directory)["tokenizer_hash"] != tokenizer.hash:
         if any(entry["step"] == "vocab" for entry in model.history):
             return in_ids_of(tokenizer, directory, Path(args.run) / "data")
         raise UserError(f"--calibration {args.calibration} was prepared with another tokenizer than the model's: "
@@ -470,7 +470,7 @@ def vocab_step(model, tokenizer, step, args):
     if source.is_file():
         ids, name = tokenizer.encode_array(sample.decoded(source.read_bytes(), f"--calibration {source}")), source.name
     else:
-        meta = read_json(source / "meta.json")
+        meta = read_meta(source)
         ids, name = np.memmap(source / "train.bin", dtype=meta["dtype"], mode="r"), meta["name"]
     counts = sum(np.bincount(ids[i:i + 2 ** 24], minlength=tokenizer.vocab_size) for i in range(0, len(ids), 2 ** 24))
     kept, fewer_ids = cut_tokenizer(tokenizer, counts, fewer(model.config.vocab_size, float(step.value), 32))
@@ -481,7 +481,7 @@ def vocab_step(model, tokenizer, step, args):
 
 def in_ids_of(tokenizer, directory, place):
     """Prepared data of another tokenizer, decoded and encoded again with this one, in directory `place`."""
-    meta = read_json(directory / "meta.json")
+    meta = read_meta(directory)
     if meta["kind"] != "text":
         raise UserError(f"{meta['name']} holds prompts and responses in ids from before vocab: put vocab last, or give "
                         "--calibration FILE")
@@ -1350,7 +1350,7 @@ def trained_on(history, smoke, whose="the first model", instead="give --data NAM
     for its_slice in (smoke, not smoke):
         with contextlib.suppress(UserError):
             directory = find(made["data"], its_slice)
-            if directory and read_json(directory / "meta.json")["sha256"] == made["data_sha256"]:
+            if directory and read_meta(directory)["sha256"] == made["data_sha256"]:
                 return directory
     raise UserError(f"{whose} was trained on {made['data']} of sha256 {made['data_sha256'][:12]}, and that is "
                     f"not under data/: {instead}")
@@ -1448,7 +1448,8 @@ def check_report(args):
                         "directory: give another name")
     foreign = next((name for name in sorted(REPORT) if (out / name).exists()), None)
     if foreign and not is_report(out / "results.jsonl"):
-        raise UserError(f"--out {out} holds {foreign}, which is not of a report that compress.py wrote: give another name")
+        raise UserError(f"--out {out} holds {foreign}, which is not of a report that compress.py wrote: give another "
+                        "name")
     if foreign and not args.overwrite:
         raise UserError(f"--out {out} holds a report already: give another name or --overwrite")
     check_writable(out)
@@ -1842,8 +1843,8 @@ def check_out(out, source, is_file, overwrite):
 
 def is_made(out, steps, source):
     """Whether the model in `out` is what `steps` made of the one in `source`."""
-    history = read_json(out / "config.json").get("history") if (out / "config.json").is_file() else None
-    made = history[-len(steps):] if isinstance(history, list) else []
+    history = read_config(out)["history"] if (out / "config.json").is_file() else []
+    made = history[-len(steps):]
     return ([entry.get("step") for entry in made] == [step.name for step in steps]
             and made[0].get("parent", {}).get("sha256") == checkpoint_hash(source))
 

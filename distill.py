@@ -15,7 +15,7 @@ cross-entropy alone for the same time, the teacher's included. report.md, .json 
 import collections, copy, dataclasses, itertools, json, math, time
 from pathlib import Path
 
-import data  # noqa: F401: first, so that Ctrl-C is quiet while torch is imported
+import data  # noqa: F401 - first, so that Ctrl-C is quiet while torch is imported
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from data.loader import IGNORE, Batch, Windows
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from data.values import check_values
-from model import Transformer, checkpoint_hash, load, model_name, placed, read_json, whole
+from model import Transformer, checkpoint_hash, load, model_name, placed, read_config, read_json, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -654,7 +654,7 @@ def settings(argv):
     for name in ("teacher", "student"):
         if getattr(cfg, name) and whole(getattr(cfg, name)).resolve().parent == out.resolve():
             raise UserError(f"the {name} is the run that --out {out} would replace: give another --out")
-    history = read_json(whole(cfg.teacher) / "config.json").get("history") or []
+    history = read_config(whole(cfg.teacher)).get("history") or []
     cfg.data = cfg.data or next((e["data"] for e in reversed(history) if "data" in e), "")
     if not cfg.data:
         raise UserError(f"the teacher in {cfg.teacher} does not say what it learned: give --data")

@@ -14,7 +14,7 @@ import contextlib, ctypes, dataclasses, errno, functools, hashlib, json, math, o
 import stat, subprocess, sys, tempfile
 from pathlib import Path
 
-import data  # noqa: F401: first, so that Ctrl-C is quiet while torch is imported
+import data  # noqa: F401 - first, so that Ctrl-C is quiet while torch is imported
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import MODEL, UserError, beside, named, refuse_foreign, replacing, sync, write_json
+from data import MODEL, UserError, beside, named, replacing, sync, write_json
 from data.values import check_values
 
 FORMAT = 1                                  # of what we add to config.json; a newer one is refused by name
@@ -1069,6 +1069,8 @@ def attach_c(body, cache, x, expected):
     if torch.is_grad_enabled() or body.training or not in_c(x, body.norm.weight) or len(x) != len(cache.keys[0]):
         return                                        # the next pass may ask again
     cache.in_c = False
+    if not expected.isfinite().all():                 # said elsewhere
+        return
     hooks, blocks, differs = hooks_of(body), c_blocks(body, cache), False
     if blocks is not None and not any(hooks):
         last = cache.length - 1

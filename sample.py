@@ -16,7 +16,7 @@ import array, codecs, collections, contextlib, copy, ctypes, dataclasses, functo
 import string, subprocess, sys, time
 from pathlib import Path
 
-import data  # noqa: F401: first, so that Ctrl-C is quiet while torch is imported
+import data  # noqa: F401 - first, so that Ctrl-C is quiet while torch is imported
 import torch
 import torch.nn.functional as F
 
@@ -1098,7 +1098,7 @@ def sampling(args):
 def lines():
     """Lines of standard input, until it ends. On a terminal arrow keys edit them and bring old ones back."""
     with contextlib.suppress(ImportError):                       # Windows has none
-        import readline  # noqa: F401: input() uses it once it is there
+        import readline  # noqa: F401 - input() uses it once it is there
     with contextlib.suppress(EOFError):
         while True:
             yield input("> " if sys.stdin.isatty() else "")

@@ -10,22 +10,23 @@ A run's directory holds two models, best/ (lowest validation loss) and last/ (wi
 line a step) and loss.png. fit() below is the only optimizer loop of this project; distill.py and compress.py call it.
 """
 import argparse, collections, contextlib, copy, dataclasses, datetime, inspect, itertools, json, lzma, math, os, re
-import shlex, shutil, signal, statistics, sys, time
+import shlex, signal, statistics, sys, time
 from pathlib import Path
 
-import data  # noqa: F401: first, so that Ctrl-C is quiet while torch is imported
+import data  # noqa: F401 - first, so that Ctrl-C is quiet while torch is imported
 import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
 import sample
-from data import MODEL, Parser, UserError, beside, is_ours, refuse_foreign, remove_tree, replacing_file, run
-from data.loader import IGNORE, LEARNED, Windows
+from data import MODEL, Parser, UserError, beside, is_ours, refuse_foreign, remove_tree, replacing_file, run, settle
+from data.loader import IGNORE, LEARNED, Windows, read_meta
 from data.prepare import find, prepare
 from data.tokenizer import Tokenizer
-from model import (Config, QuantLinear, Transformer, call, checkpoint_hash, in_c, load, model_name, read_json,
-                   save, set_threads, whole)
+from data.values import check_values
+from model import (Config, QuantLinear, Transformer, call, checkpoint_hash, in_c, load, model_name, read_config,
+                   save, whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -619,8 +620,8 @@ def train_step(step, forward, batches, optimizers, scaler, cfg, machine):
 
 def timed_steps(model, batches, loss_fn, cfg, machines, seconds=2.5, rounds=1):
     """{name: seconds of each step}: real steps on `machines` ({name: Machine} of this process alone), which take turns
-    for `seconds`, and for `rounds` at least; the first step of a turn is not counted. None if the very first step takes
-    longer than `seconds`. Model and loss are afterwards what they were."""
+    for `seconds`, and for `rounds` at least; the first step of a turn is not counted. None if `seconds` are given and
+    the very first step takes five. Model and loss are afterwards what they were."""
     kept = [(m, copy.deepcopy(m.state_dict())) for m in (model, loss_fn) if isinstance(m, nn.Module)]
     forward, optimizers, training = ModelAndLoss(model, loss_fn), make_optimizers(model, loss_fn, cfg), model.training
     scaler = torch.amp.GradScaler(enabled=False)
@@ -635,7 +636,7 @@ def timed_steps(model, batches, loss_fn, cfg, machines, seconds=2.5, rounds=1):
                     start, step = time.perf_counter(), step + 1
                     train_step(step, forward, batches, optimizers, scaler, cfg, machine)
                     synchronize(machine.device)
-                    if step == 1 and 0 < seconds < time.perf_counter() - start:
+                    if step == 1 and seconds and time.perf_counter() - start > 5:
                         return None
                     taken[name] += [time.perf_counter() - start] * counted
             rounds -= 1
@@ -684,6 +685,8 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     if fsdp:
         shard(forward, machine)
     optimizers = make_optimizers(model, loss_fn, cfg)
+    if cfg.resume:
+        check_state(state, optimizers, out)
     for o, s in zip(optimizers, state["optimizers"] if cfg.resume else ()):
         params = [p for g in o.param_groups for p in g["params"]]
         for i, kept in s["state"].items() if fsdp else ():                   # files hold whole tensors
@@ -826,7 +829,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
                     "--dropout 0.1 help")
             before, learned = (mean, figures["loss"]), [0.0, 0]
             improved, best = figures["loss"] < best, min(best, figures["loss"])
-            keep("last", **val)                                              # first: a kill between the two loses nothing
+            keep("last", **val)                                              # first: a kill in between loses nothing
             if improved:
                 keep("best", **val)
             saved = time.perf_counter()
@@ -845,10 +848,24 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     return figures
 
 
+def check_state(state, optimizers, out):
+    """Raises UserError if the optimizers' state of a run that goes on is not that of its model."""
+    fits = len(state["optimizers"]) == len(optimizers)
+    for o, s in zip(optimizers, state["optimizers"]):
+        params = [p for g in o.param_groups for p in g["params"]]
+        kept = s.get("state") if isinstance(s.get("state"), dict) else {None: None}
+        fits = fits and all(i in range(len(params)) and isinstance(its, dict) and all(
+            not torch.is_tensor(t) or t.ndim == 0 or t.shape == params[i].shape for t in its.values())
+            for i, its in kept.items())
+    if not fits:
+        raise UserError(f"training_state.pt in {out / 'last'} belongs to another model: start a new run with "
+                        f"--init-from {out / 'last'}")
+
+
 def best_loss(out):
     """The validation loss of OUT/best by its history; None if there is none."""
     file = out / "best" / "config.json"
-    history = read_json(file).get("history") if file.is_file() else None
+    history = read_config(out / "best").get("history") if file.is_file() else None
     return history[-1].get("val_loss") if history else None
 
 
@@ -961,11 +978,17 @@ def read_log(path):
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
+STATE = {"step": (int, 0, 2 ** 48), "total": (int, 0, 2 ** 48), "tokens": (int, 0, 2 ** 62),
+         "seconds": (float, 0, 1e12), "best": (float,), "optimizers": ([dict],), "scaler": (dict,), "config": (dict,),
+         "threads": (int, 0, 2 ** 20), "dtype": (str,), "launch": (str,)}
+
+
 def read_state(out):
     """training_state.pt of OUT/last. Raises UserError if it is not there or not whole."""
     file = whole(Path(out) / "last") / "training_state.pt"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
+        check_values(state, STATE, file, needed=[name for name in STATE if name not in ("launch", "threads", "dtype")])
         kept = {"launch": "", "origin": (0, 0.0), "threads": 0, "dtype": ""}      # runs of before do not say
         return {k: state.get(k, v) for k, v in kept.items()} | {k: state[k] for k in (
             "step", "total", "seconds", "tokens", "best", "scaler", "optimizers", "config", "loss")}
@@ -1049,6 +1072,9 @@ def open_model(cfg, given, tokenizer, machine):
 def resumed(cfg, given):
     """The config of the run in cfg.out, with the flags that were given. Raises UserError if they change the model."""
     stored, given = read_state(cfg.out)["config"], () if is_next_try(cfg.out) else given
+    for f in dataclasses.fields(cfg):
+        if f.name in stored and type(stored[f.name]) is not type(f.default) and type(stored[f.name]) is not int:
+            raise UserError(f"training_state.pt in {cfg.out} has {f.name} = {stored[f.name]!r}: start a new run")
     if stored.keys() - vars(cfg).keys():
         raise UserError(f"the run in {cfg.out} was begun by another script, such as distill.py: resume it with that")
     if "minutes" in given:
@@ -1098,6 +1124,7 @@ def check_out(cfg):
         if os.environ.get("RANK", "0") == "0":
             print(f"nothing is saved in {out} yet: starting from the beginning")
     if cfg.resume and os.environ.get("RANK", "0") == "0":
+        settle(out / "best", MODEL), settle(out / "last", MODEL)
         for d in ("best.new", "best.old", "last.new", "last.old"):            # a kill of an older version left them
             if (out / d).is_dir() and (out / d.split(".")[0] / "config.json").exists():
                 remove_tree(out / d)
@@ -1111,7 +1138,10 @@ def open_data(cfg, given, machine):
         dist.barrier()
     if (directory := find(cfg.data, cfg.smoke)) is None:
         raise UserError(f"the data {cfg.data} is on the first machine only: prepare or copy it on this one too")
-    ids = read_json(directory / "meta.json")["vocab_size"]
+    meta = read_meta(directory)
+    ids = meta["vocab_size"]
+    if Tokenizer.load(directory).hash != meta["tokenizer_hash"]:
+        raise UserError(f"{directory}: tokenizer.json is not the one that the data was prepared with: prepare it anew")
     if "vocab_size" in given and cfg.vocab_size != ids:
         raise UserError(f"--vocab-size is {cfg.vocab_size}, but {cfg.data} was prepared with {ids} ids: prepare it "
                         "anew with data/prepare.py --vocab-size, or leave the flag out")
@@ -1121,7 +1151,10 @@ def open_data(cfg, given, machine):
 def history_entry(cfg, meta, tokenizer, model):
     """What config.json will say of this run. Raises UserError if a resumed run's data is not what it was."""
     if cfg.resume:
-        entry = model.history[-1]
+        entry = model.history[-1] if model.history else {}
+        if "data_sha256" not in entry:
+            raise UserError(f"the model in {cfg.out} does not say what it learned: start a new run with --init-from "
+                            f"{cfg.out}")
         if entry["data_sha256"] != meta["sha256"]:
             raise UserError(f"the data {cfg.data} is not what this run began with: prepare that again, or start a new "
                             f"run with --init-from {cfg.out}")
@@ -1179,7 +1212,7 @@ def show_scale(cfg, tokenizer, val):
     """Prints what bits per byte mean, by a general compressor on the beginning of the same validation text."""
     text = tokenizer.decode_bytes(val.tokens[:2 ** 18].tolist())
     squeezed = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(1, len(text))
-    made = read_json(whole(cfg.out) / "config.json")["history"][-1]
+    made = read_config(whole(cfg.out))["history"][-1]
     print(f"bits per byte: 8 where nothing is known, {squeezed:.2f} by xz -9e on {len(text) / 1e6:.1f} MB of this "
           f"validation text, {made['val_bits_per_byte']:.2f} by this model; {Path(cfg.out) / 'loss.png'} has the curve")
 

@@ -77,8 +77,8 @@ def sentence(error):
         return (f"{error.filename}: " if error.filename is not None else "") + (error.strerror or str(error))
     memory = ("can't allocate memory", "Storage size calculation overflowed", "out of memory", "not enough memory")
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(m in str(error) for m in memory):
-        return ("this does not fit the memory of this machine: take a smaller model, or lower --batch-size, --micro-batch "
-                "or --context")
+        return ("this does not fit the memory of this machine: take a smaller model, or lower --batch-size, "
+                "--micro-batch or --context")
     return None
 
 
@@ -113,8 +113,8 @@ def named(path):
 
 
 def beside(path, ending):
-    """.NAME.ending beside a path, where something is made or waits to be deleted. People's own copies, such as NAME.old,
-    have other names."""
+    """.NAME.ending beside a path, where something is made or waits to be deleted. People's own copies, such as
+    NAME.old, have other names."""
     path = named(path)
     return path.with_name(f".{path.name}.{ending}")
 
@@ -130,8 +130,8 @@ def remove_tree(directory, flag="--out"):
     for folder, _, files in os.walk(directory):
         for name in sorted(files):
             if not is_ours(name, EVERYTHING):
-                raise UserError(f"{Path(folder, name)} is nothing that these scripts wrote and would be deleted: move it "
-                                f"away, or give another {flag}")
+                raise UserError(f"{Path(folder, name)} is nothing that these scripts wrote and would be deleted: move "
+                                f"it away, or give another {flag}")
     if Path(directory).is_dir():
         shutil.rmtree(directory)
 
@@ -145,8 +145,8 @@ def refuse_foreign(directory, kind, flag="--out"):
     for place in (directory, *(beside(directory, ending) for ending in ("new", "old", "part"))):
         for file in sorted(place.iterdir()) if place.is_dir() else ():
             if file.is_dir() or not is_ours(file.name, kind.names):
-                raise UserError(f"{place} is there and holds something else than a {kind.noun}, {file.name}, which would "
-                                f"be deleted: move it away, or give another {flag}")
+                raise UserError(f"{place} is there and holds something else than a {kind.noun}, {file.name}, which "
+                                f"would be deleted: move it away, or give another {flag}")
     if directory.is_dir() and any(directory.iterdir()) and kind.key not in marker_of(directory, kind):
         raise UserError(f"{directory} is there and holds something else than a {kind.noun} that these scripts wrote: "
                         f"give another {flag}")
@@ -163,8 +163,8 @@ def marker_of(directory, kind):
 
 @contextlib.contextmanager
 def replacing(directory, kind):
-    """Write a directory so that a kill at any moment leaves a whole one: fill the yielded new one, its marker last, then
-    swap names.
+    """Write a directory so that a kill at any moment leaves a whole one: fill the yielded new one, its marker last,
+    then swap names.
 
     After a kill the first whole one of DIR, .DIR.new and .DIR.old is the latest; `settle` renames it to DIR. On an
     exception DIR is untouched and what was new is removed. Raises UserError as refuse_foreign does.
@@ -205,7 +205,8 @@ def settle(directory, kind):
         if not directory.exists() and (other / kind.marker).is_file():
             other.rename(directory)
     if (directory / kind.marker).is_file():
-        shutil.rmtree(beside(directory, "old"), ignore_errors=True)
+        for ending in ("new", "old"):
+            shutil.rmtree(beside(directory, ending), ignore_errors=True)
         for name in kind.names & {"progress.json", "--input.rows", "--val.rows"}:
             (directory / name).unlink(missing_ok=True)       # of a .part that was whole
     return directory

@@ -30,7 +30,7 @@ import sys
 import time
 import zlib
 from array import array
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # run as a script, the first import path is data/, not the root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from data import (DATASET, Parser, UserError, corpora, download, marker_of, refuse_foreign, resumable, run, settle, sync,
-                  write_json)
+from data import (DATASET, Parser, UserError, corpora, download, marker_of, refuse_foreign, resumable, run, settle,
+                  sync, write_json)
 from data.loader import FIRST, LEARNED
 from data.tokenizer import SPECIALS, Tokenizer
 
@@ -285,7 +285,7 @@ def training_text(files, side, sizes, fraction, smoke):
 
 
 def encode_example(tokenizer, prompt, response):
-    """(ids, mask) of one example in the tokenizer's chat template, tokenized as one text: its head is the chat's prompt.
+    """(ids, mask) of one example in the tokenizer's chat template, tokenized as one text that begins as a chat does.
 
     Special tokens are recognised in the template only. What the template writes after the end token is left out.
     """
@@ -294,15 +294,17 @@ def encode_example(tokenizer, prompt, response):
     full = tokenizer.render([user, assistant], add_generation_prompt=False)
     if not full.startswith(prompt):
         raise UserError("the tokenizer's chat template does not write an answer right after its generation prompt")
-    rest, encoded = full[len(prompt):], lambda text: tokenizer.encode(text, special=True, bos=True)
-    head = encoded(prompt)  # the very ids that a chat begins with, whatever comes
-    # Where one token would span the border of prompt and response, the head stays as it is and the response is encoded
-    # behind a text that it does not melt with. Alone it would get a space before it in SentencePiece's kind only.
+    rest, encoded = full[len(prompt):], lambda text: tokenizer.encode_array(text, special=True)
+    head = encoded(prompt)
+    # Where one token would span the border of prompt and response, the head stays as in a chat, and the response is
+    # encoded behind a text that it does not melt with. Alone it would get a space before it in SentencePiece's kind only.
     for before in (prompt, "") if tokenizer.pattern else (prompt, "\n", ".", ""):
         start, both = head if before == prompt else encoded(before), encoded(before + rest)
-        if both[:len(start)] == start:
+        if np.array_equal(both[:len(start)], start):
             break
-    head, tail = np.array(head, np.uint32), np.array(both[len(start):], np.uint32)
+    tail = both[len(start):]
+    if tokenizer.bos_id is not None and head[:1].tolist() != [tokenizer.bos_id]:  # as in a chat
+        head = np.append(np.uint32(tokenizer.bos_id), head)
     ends = np.flatnonzero(np.isin(tail, tokenizer.eos_ids))
     tail = tail[:ends[-1] + 1] if len(ends) else np.append(tail, np.uint32(tokenizer.eos_id))
     mask = np.zeros(len(head) + len(tail), np.uint8)
@@ -481,7 +483,8 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
     refuse_foreign(out, DATASET)
     for path in (*inputs, *val):
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
-            raise UserError(f"--input {path} lies in {out.name}, which would be replaced: choose another --out or --name")
+            raise UserError(f"--input {path} lies in {out.name}, which would be replaced: choose another --out or "
+                            "--name")
     there = {} if overwrite or out.name.endswith("-smoke") else marker_of(out, DATASET)
     tokenizer = choose_tokenizer(tokenizer)
 
@@ -509,8 +512,8 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
                     "trained_ids": None if tokenizer else vocab_size or 4096,
                     **({"tokenizer_hash": tokenizer.hash} if tokenizer else {})}
         if there and any(there.get(key) != value for key, value in settings.items()):
-            raise UserError(f"the dataset {out.name} is there already, made of other text or in another way; --overwrite "
-                            "makes it anew, --name NAME another one")
+            raise UserError(f"the dataset {out.name} is there already, made of other text or in another way; "
+                            "--overwrite makes it anew, --name NAME another one")
         if there:
             print(f"the dataset {out.name} is there already, and is what this command makes")
             raise Same

@@ -50,7 +50,7 @@ PROBE = "a A1½_-!'s\n\r\n\t \u00a0e\u0301日🙂\x00  x  "  # a character of ea
 LONG_RUN = 100_000  # tiktoken's regex engine overflows its stack on about 1,000,000 whitespace characters in a row
 MOST_IDS = 1 << 24  # a larger id in a file is a mistake: the list of all tokens would fill the memory
 LONGEST_WORD = 500  # characters, in training: the trainer's time grows with the square of a word's length
-# What a chat template may do: a step costs STEP, a character one, and a message allows PER_CHARACTER for each of its own
+# What a chat template may do: a step costs STEP, a character one, and a message allows PER_CHARACTER for each it has
 STEP, BUDGET, PER_CHARACTER, LONGEST_TEMPLATE = 64, 1 << 24, 256, 1 << 17
 # A regex of these parts alone means the same to Oniguruma (tokenizers) and to fancy-regex (tiktoken)
 SAME_REGEX = re.compile(r"(?!.*([?*+]|3})[?*+])(\\p\{(L[ultmo]?|N|M|P|S)\}|\\[srnS]|\(\?(i:|!|:)|\{1,3\}"
@@ -280,9 +280,10 @@ def end_ids(config, file):
 
 
 def weigh(value, most):
-    """(parts, size): how many values a value holds, and STEP for each with its characters; what is held twice counts twice.
+    """(parts, size): how many values a value holds, and STEP for each with its characters.
 
-    A list of two lists of two lists ... is small in memory and endless as text: the walk ends above `most`.
+    What is held twice counts twice: a list of two lists of two lists ... is small in memory and endless as text. The
+    walk ends above `most`.
     """
     parts, size, rest = 0, 0, [value]
     while rest and size <= most:
@@ -334,11 +335,17 @@ def sandbox(metered, thread):
         if left < 0:
             raise OverflowError("it takes too many steps or too much memory; take another template")
 
+    @pass_context  # with the context Jinja does not compute a filter while it compiles
+    def paid_filter(_, value):
+        nonlocal left
+        if type(value) is not str or len(value) > left:
+            return charge(value)
+        left -= STEP + len(value)  # as charge does, without calls: this is done most often; below 0 the next one fails
+        return value
+
     def charge(value):
-        if type(value) is str:
-            spend(STEP + len(value))
-        else:
-            spend(STEP * weigh(value, left)[0] + (value.bit_length() if isinstance(value, int) else 0))
+        size = weigh(value, left)
+        spend(STEP * size[0] + (size[1] if isinstance(value, (str, int)) else 0))
         return value
 
     def prepay(name, value, args):
@@ -379,7 +386,7 @@ def sandbox(metered, thread):
             isinstance(node, (nodes.List, nodes.Tuple)) and all(map(constant, node.items)))
 
     class Metering(NodeTransformer):
-        """Puts filters around what Jinja compiles without a call: charge (all of a value), glance (its length), tilde."""
+        """Puts filters around what Jinja compiles without a call: charge (a whole value), glance (its length), tilde."""
 
         def visit_For(self, node):
             self.generic_visit(node)
@@ -482,8 +489,9 @@ def sandbox(metered, thread):
         def call(*args, **kwargs):
             value = args[first]
             if type(value) is str and len(args) == first + 1 and not kwargs:
-                spend(STEP + 16 * len(value))  # HTML's "&quot;" is the longest that a character becomes, or %F0%9F%98%80
-                return function(*args)
+                nonlocal left
+                left -= STEP + 16 * len(value)  # the longest that a character becomes is an emoji's %F0%9F%98%80
+                return function(*args) if left >= 0 else spend(0)
             if name in SHALLOW and hasattr(value, "__len__"):
                 spend(STEP + len(value))
                 return function(*args, **kwargs)
@@ -492,11 +500,13 @@ def sandbox(metered, thread):
             return charge(function(*args, **kwargs))
         return call
 
-    def glance(value):
+    @pass_context
+    def glance(_, value):
         spend(STEP + (len(value) if isinstance(value, (str, list, tuple, dict)) else 0))
         return value
 
-    def tilde(values):
+    @pass_context
+    def tilde(_, values):
         spend(STEP + sum(len(v) if type(v) is str else weigh(v, left)[1] for v in values))
         return "".join(map(str, values))
 
@@ -516,8 +526,7 @@ def sandbox(metered, thread):
             del env.filters[name]
         del env.globals["lipsum"]
         env.filters.update({name: metered_filter(name, function) for name, function in env.filters.items()})
-        # with the context Jinja does not compute them while it compiles
-        env.filters.update({f.__name__: pass_context(lambda _, value, f=f: f(value)) for f in (charge, glance, tilde)})
+        env.filters.update(charge=paid_filter, glance=glance, tilde=tilde)
     return env, reset
 
 
@@ -572,7 +581,8 @@ class Tokenizer:
             # a special token that is never asked for: with none tiktoken finds "" at every character, 1.4 x the time
             self._encoding = tiktoken.Encoding("slm", pat_str=self.pattern, mergeable_ranks=ranks,
                                                special_tokens={GUARD: self.vocab_size + 256})
-            if self._encoding.decode_bytes(self._encoding.encode(PROBE)) != PROBE.encode("utf-8"):
+            probed = self._encoding.encode(PROBE, disallowed_special=())
+            if self._encoding.decode_bytes(probed) != PROBE.encode("utf-8"):
                 self.pattern = self.normalizer = None  # tiktoken drops what a regex leaves out, the library keeps it
         if not self.pattern:
             self._library(False)  # now, so that a broken file is an error at once

@@ -107,7 +107,7 @@ def commands(folder, out):
 
 def contents(out):
     """{name: hash} of the files in which a run and its repetition must agree."""
-    skip = {"log.jsonl", "loss.png", "report.md", "report.json", "report.png", "training_state.pt", "README.md", "config.json"}
+    skip = {"log.jsonl", "log.jsonl.new", "loss.png", "report.md", "report.json", "report.png", "training_state.pt", "README.md", "config.json"}
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.rglob("*"))
             if p.is_file() and p.name not in skip}
 
