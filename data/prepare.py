@@ -297,7 +297,7 @@ def encode_example(tokenizer, prompt, response):
     rest, encoded = full[len(prompt):], lambda text: tokenizer.encode_array(text, special=True)
     head = encoded(prompt)
     # Where one token would span the border of prompt and response, the head stays as in a chat, and the response is
-    # encoded behind a text that it does not melt with. Alone it would get a space before it in SentencePiece's kind only.
+    # encoded behind a text that it does not melt with. Alone, SentencePiece's kind would put a space before it.
     for before in (prompt, "") if tokenizer.pattern else (prompt, "\n", ".", ""):
         start, both = head if before == prompt else encoded(before), encoded(before + rest)
         if np.array_equal(both[:len(start)], start):

@@ -386,7 +386,7 @@ def sandbox(metered, thread):
             isinstance(node, (nodes.List, nodes.Tuple)) and all(map(constant, node.items)))
 
     class Metering(NodeTransformer):
-        """Puts filters around what Jinja compiles without a call: charge (a whole value), glance (its length), tilde."""
+        """Puts filters around what Jinja compiles without a call: charge (a value), glance (its length), tilde."""
 
         def visit_For(self, node):
             self.generic_visit(node)
