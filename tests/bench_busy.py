@@ -6,7 +6,7 @@ Each row is the quick start's model in a process of its own, as a user starts it
 an idle machine (what one free core can do), and while `while True: pass` runs, begun before or in the middle. Rates are
 tokens over seconds of the last half of the steps, or of the tokens.
 """
-import argparse, contextlib, json, os, platform, re, statistics, subprocess, sys, tempfile, time
+import argparse, contextlib, json, os, platform, re, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,18 +27,16 @@ def busy():
 def training(folder, steps, *flags, when=None):
     """(tokens/s, threads at the end) of train.py; the busy program is there "before", or from a third of the steps on."""
     out, stack = folder / "out", contextlib.ExitStack()
+    shutil.rmtree(out, ignore_errors=True)
     with stack:
         if when == "before":
             stack.enter_context(busy())
         run = subprocess.Popen([sys.executable, ROOT / "train.py", "--steps", str(steps), "--evals", "1", "--eval-tokens",
-                                "2048", "--out", out, "--overwrite", *flags], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, cwd=ROOT)
-        started = time.time()
+                                "2048", "--out", out, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
         while run.poll() is None:
             time.sleep(0.2)
             with contextlib.suppress(OSError):
-                log = out / "log.jsonl"
-                if when == "middle" and log.stat().st_mtime > started and log.read_bytes().count(b"\n") > steps // 3:
+                if when == "middle" and (out / "log.jsonl").read_bytes().count(b"\n") > steps // 3:
                     stack.enter_context(busy())
                     when = "begun"
         assert run.returncode == 0 and when != "middle"
@@ -52,7 +50,7 @@ def generation(folder, *flags, when=None):
     """(tokens/s, threads at the end) of sample.py on the model that `training` left."""
     with busy() if when else contextlib.nullcontext():
         done = subprocess.run([sys.executable, ROOT / "sample.py", folder / "out", "--prompt", "import os", "--seed", "1",
-                               "--max-new-tokens", "400", *flags], capture_output=True, text=True, encoding="utf-8", check=True)
+                               "--max-new-tokens", "1000", *flags], capture_output=True, text=True, encoding="utf-8", check=True)
     rate, threads = re.search(r"then (\d+) tokens/s with (\d+) thread", done.stderr).groups()
     return float(rate), int(threads)
 
@@ -71,14 +69,16 @@ def main():
             "generation, idle": lambda f: generation(f),
             "generation, busy before": lambda f: generation(f, when="before"),
             "generation, all threads, busy before": lambda f: generation(f, "--threads", str(os.cpu_count()), when="before")}
-    rates, threads = {name: [] for name in rows}, {}
+    rates, threads, cpu = {name: [] for name in rows}, {}, None
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
             for name, measure in rows.items():
                 rate, threads[name] = measure(Path(folder))
                 rates[name].append(rate)
                 print(f"{name}: {rate:,.0f} tokens/s, {threads[name]} thread(s)", file=sys.stderr, flush=True)
-    print(f"{os.cpu_count()} core(s), {platform.processor() or platform.machine()}, medians of {args.rounds} round(s)\n\n"
+    with contextlib.suppress(OSError):
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    print(f"{os.cpu_count()} core(s), {cpu[1] if cpu else platform.machine()}, medians of {args.rounds} round(s)\n\n"
           "| | tokens/s | to one thread on an idle machine | threads at the end |\n|---|---:|---:|---:|")
     for name in rows:
         free = statistics.median(rates[name.split(",")[0] + ", one thread, idle"])
