@@ -334,8 +334,8 @@ def test_resume_is_the_uninterrupted_proof_bit_for_bit(teacher, data, cached, tm
     monkeypatch.setattr(train.Log, "write", write)
     monkeypatch.setattr(distill, "step_seconds", lambda model, batches, loss_fn, *more:            # as in the whole run
                         12 / steps_of_control if loss_fn is train.cross_entropy else 1.0)
-    monkeypatch.setattr(distill.Cache, "__init__", lambda self, d, w, init=distill.Cache.__init__: (
-        init(self, d, w), self.header.update(seconds=0.0))[0])
+    monkeypatch.setattr(distill.Cache, "__init__", lambda self, d, w, v, init=distill.Cache.__init__: (
+        init(self, d, w, v), self.header.update(seconds=0.0))[0])
     with pytest.raises(KeyboardInterrupt):
         go(teacher, data, out, "--steps", 12, "--cache", "--control", "--student-layers", 2)
     monkeypatch.setattr(train.Log, "write", real)
