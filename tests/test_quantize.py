@@ -229,7 +229,7 @@ def test_three_windows_and_16_bit_weights(root, tmp_path):
 def test_other_families_and_packed_examples():
     for hub in (dict(model_type="gpt2", vocab_size=259, n_embd=64, n_layer=2, n_head=4, n_positions=32),
                 dict(model_type="mistral", vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                     num_attention_heads=4, sliding_window=8, max_position_embeddings=32)):
+                     num_attention_heads=4, num_key_value_heads=4, sliding_window=8, max_position_embeddings=32)):
         model = Transformer(config_from_hub(hub)).eval()
         for p in model.parameters():
             nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.2)
