@@ -387,7 +387,7 @@ def test_without_the_gguf_package(directory, tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [OSError("8 requested and 0 written"), KeyboardInterrupt()])
 def test_a_full_disk_or_an_interrupt_loses_nothing(error, directory, tmp_path, monkeypatch):
     gguf = pytest.importorskip("gguf")
-    (tmp_path / "m.gguf").write_bytes(b"old")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF, an old one")
     calls = []
 
     def failing(self, tensor, original=gguf.GGUFWriter.write_tensor_data):
@@ -401,7 +401,7 @@ def test_a_full_disk_or_an_interrupt_loses_nothing(error, directory, tmp_path, m
     with pytest.raises(type(error)) as raised:
         run(directory, "gguf:f32", "--out", tmp_path / "m.gguf", "--overwrite")
     assert not isinstance(error, OSError) or "no space left" in str(raised.value)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"m.gguf": b"old"}
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"m.gguf": b"GGUF, an old one"}
 
 
 # --- llama.cpp itself ---
