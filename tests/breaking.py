@@ -66,6 +66,11 @@ def command(argv, said, kill_at=0, count=None, seconds=60, memory=2 << 30):
     return "timeout"
 
 
+def note(wrong, what):
+    print(*what, flush=True)
+    wrong.append(what)
+
+
 def make(folder):
     """Text, examples, prepared data and a model with its tokenizer, all tiny, in a folder."""
     import torch
@@ -135,7 +140,7 @@ def kills(folder, n, seed=0):
         text = said.read_text(encoding="utf-8")
         finished = "is there already" in text or "holds a model already" in text                   # killed after all was done
         if not (again == 0 or finished) or contents(folder / "out") != whole[name] or litter(folder, before):
-            wrong.append((name, at, first, again, text.strip().splitlines()[-1:], litter(folder, before)))
+            note(wrong, (name, at, first, again, text.strip().splitlines()[-1:], litter(folder, before)))
         for p in litter(folder, before):
             shutil.rmtree(folder / p) if (folder / p).is_dir() else (folder / p).unlink()
         shutil.rmtree(folder / "out", ignore_errors=True)
@@ -210,7 +215,7 @@ def mutations(folder, n, seed=0):
         argv = r.choice(readers(folder, folder / "out")[kind])
         code, text = command(argv, said, seconds=20), said.read_text(encoding="utf-8", errors="replace")
         if code not in (0, 2) or "Traceback" in text or "panicked" in text:
-            wrong.append((how, " ".join(map(str, argv[:2])), code, text.strip().splitlines()[-1:]))
+            note(wrong, (how, " ".join(map(str, argv[:2])), code, text.strip().splitlines()[-1:]))
         shutil.rmtree(folder / kind)
         (folder / "kept").rename(folder / kind)
         shutil.rmtree(folder / "out", ignore_errors=True)
@@ -238,7 +243,7 @@ def disks(folder, n):
                 filler.unlink()
                 left = contents(disk / "out")
                 if code not in (0, 2) or "Traceback" in text or left != before:
-                    wrong.append((name, i, code, text.strip().splitlines()[-1:], sorted(left.items() ^ before.items())[:2]))
+                    note(wrong, (name, i, code, text.strip().splitlines()[-1:], sorted(left.items() ^ before.items())[:2]))
         finally:
             subprocess.run(["umount", "-l", disk], check=True)
     return wrong
@@ -250,6 +255,4 @@ if __name__ == "__main__":
     what, n = sys.argv[1], int(sys.argv[2])
     with tempfile.TemporaryDirectory() as place:
         found = {"kills": kills, "mutations": mutations, "disks": disks}[what](Path(place), n, *map(int, sys.argv[3:]))
-    for line in found:
-        print(*line)
     print(f"{what}: {n} tried" + " at each command" * (what == "disks") + f", {len(found)} wrong")
