@@ -781,7 +781,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
         if step in again:
             total = again[step].get("total", total)
         elif not cfg.steps and is_due(step, total, fell, cfg):
-            a_step = statistics.fmean(list(durations)[-20:]) if fell else statistics.median(durations)
+            a_step = statistics.fmean(list(durations)[-40:]) if fell else statistics.median(durations)
             total = plan(step, total, seconds, a_step, eval_cost, cfg, machine, origin if fell else None)
         if total != planned:
             origin = new_origin(step, planned, total, origin, fell)
@@ -889,10 +889,10 @@ def is_falling(step, total, origin, cfg):
 
 def is_due(step, total, falling, cfg):
     """Whether a time budget becomes another number of steps after this step: when steps have settled; when the rate
-    begins to fall, as until then runs of any length are the same; and every 20 steps while it falls."""
+    begins to fall, as until then runs of any length are the same; and every 40 steps while it falls."""
     if not total:
         return step >= PLANNED
-    return step % 20 == 0 if falling else step >= (1 - cfg.decay) * total
+    return step % 40 == 0 if falling else step >= (1 - cfg.decay) * total
 
 
 def plan(step, total, seconds, step_seconds, eval_cost, cfg, machine, origin=None):

@@ -351,7 +351,7 @@ def test_a_time_budget_follows_the_machine_while_the_rate_falls(capsys):
     without a jump."""
     def end_of(pace):                                                        # pace(second): seconds of a step then
         cfg, machine = train.TrainConfig(minutes=5, evals=3), train.Machine(torch.device("cpu"), torch.float32, 0, 1, None)
-        step, total, seconds, origin, recent, rates = 0, 0, 0.0, (0, 0.0), collections.deque(maxlen=20), []
+        step, total, seconds, origin, recent, rates = 0, 0, 0.0, (0, 0.0), collections.deque(maxlen=40), []
         while not total or step < total:
             rates.append(train.lr_at(step, total or 10 ** 9, cfg, origin))
             recent.append(pace(seconds))
