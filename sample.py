@@ -461,7 +461,7 @@ class Threads:
         self.wait = self.AGAIN if self.count != self.before else min(2 * self.wait, self.MOST)
         self.usual, self.trial, self.ended = means[self.count], None, time.perf_counter()
         self.recent.clear()
-        return f"{self.why}: {self.count} thread{'s' * (self.count > 1)} from now on" if self.why else ""
+        return f"{self.why}: {threads_of(self.count)} from now on" if self.why else ""
 
     def following(self, stream):
         """The items of an iterator, each a step. The first time there is a trial at once."""
@@ -1057,6 +1057,10 @@ def arguments(argv):
     return args
 
 
+def threads_of(n):
+    return f"{n} thread{'s' * (n > 1)}"
+
+
 def halvings(n):
     """n, n / 2, n / 4, ... 1."""
     return [n >> i for i in range(n.bit_length())]
@@ -1321,7 +1325,7 @@ def main(argv=None):
     decode, how = "", how_quantized_layers_run(model)
     if len(stamps) > 1 and not answer:
         decode = f", then {args.samples * (len(stamps) - 1) / (stamps[-1] - stamps[0]):.0f} tokens/s" + (
-            f" with {threads.count} thread{'s' * (threads.count > 1)}" if device.type == "cpu" else "")
+            f" with {threads_of(threads.count)}" if device.type == "cpu" else "")
     print(f"\n[{len(stamps)} tokens; the first after {1000 * (stamps[0] - start):.0f} ms{decode}]", file=sys.stderr)
     for more in filter(None, (report(), how and f"quantized layers: {how}")):
         print(f"[{more}]", file=sys.stderr)

@@ -243,18 +243,14 @@ def tuned(machine, cfg, model, batches, loss_fn):
         text = " (a step takes too long to try others)"
         if seconds:
             rates = {option: quick.batch_size * cfg.context / statistics.fmean(seconds[option]) for option in options}
-            best, text = max(rates, key=rates.get), "; ".join(f"{threads_of(n)}: " + ", ".join(
+            best, text = max(rates, key=rates.get), "; ".join(f"{sample.threads_of(n)}: " + ", ".join(
                 f"{str(t)[6:]} {rates[n, t]:,.0f} tokens/s" for t in dtypes) for n in counts)
             text = f" (steps were timed: {text})"
     count, dtype = from_first(best)
     threads.use(count)
-    say(machine, f"device cpu, {threads_of(count)}" + (f", {machine.size} processes" if machine.size > 1 else "") +
+    say(machine, f"device cpu, {sample.threads_of(count)}" + f", {machine.size} processes" * (machine.size > 1) +
         f"; {str(dtype)[6:]}{text}")
     return machine._replace(dtype=dtype, threads=threads)
-
-
-def threads_of(n):
-    return f"{n} thread{'s' * (n > 1)}"
 
 
 def say(machine, text):
@@ -565,13 +561,18 @@ class ModelAndLoss(nn.Module):
         return self.loss_fn(self.model, batch)
 
 
+def rows_at_once(cfg, machine):
+    """Windows that a process holds at once: its share of a step's, or --micro-batch."""
+    share = cfg.batch_size // machine.size
+    return min(cfg.micro_batch or share, share)
+
+
 def check_memory(model, cfg, machine):
     """Raises UserError if what the blocks keep of one micro-batch for the backward pass, counted low, is more than all
     the memory of this machine: Linux would end the process without a word."""
     if machine.device.type != "cpu" or not hasattr(os, "sysconf"):
         return
-    c, share = model.config, cfg.batch_size // machine.size
-    tokens = min(cfg.micro_batch or share, share) * cfg.context
+    c, tokens = model.config, rows_at_once(cfg, machine) * cfg.context
     least = 4 * tokens * (c.num_hidden_layers * (4 * c.hidden_size + 2 * c.intermediate_size) if not
                           cfg.checkpoint_activations else c.num_hidden_layers * c.hidden_size)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -587,7 +588,7 @@ def train_step(step, forward, batches, optimizers, scaler, cfg, machine):
     stay what they were.
     """
     share = cfg.batch_size // machine.size
-    micro, positions = min(cfg.micro_batch or share, share), cfg.batch_size * cfg.context
+    micro, positions = rows_at_once(cfg, machine), cfg.batch_size * cfg.context
     ddp = isinstance(forward, nn.parallel.DistributedDataParallel)
     torch.manual_seed(((cfg.seed * 10 ** 9 + step) * 10 ** 4 + machine.rank) % 2 ** 63)         # dropout
     sums, metrics = torch.zeros(2, device=machine.device), collections.defaultdict(float)
@@ -702,8 +703,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
             module.compile()                                                 # in place: no prefix in the state dict
         try:                                                                 # errors come with the first real step
             with in_dtype(machine):
-                rows = cfg.batch_size // machine.size
-                forward(to_device(batches(0, min(cfg.micro_batch or rows, rows)), device))[0].backward()
+                forward(to_device(batches(0, rows_at_once(cfg, machine)), device))[0].backward()
             forward.zero_grad(set_to_none=True)
         except Exception as error:
             raise UserError(f"--compile does not work here ({type(error).__name__}): leave it out, or install a C++ "

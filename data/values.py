@@ -5,26 +5,24 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
          dict: "a JSON object"}
 
 
-def check_values(values, table, where, names=None, needed=()):
+def check_values(values, table, where, needed=()):
     """Raises UserError for the first value that is missing or is not as the table says.
 
     values  a dict; what the table does not name may be anything
     table   {name: (type,)}, or (type, smallest, largest) of numbers. [type] is a list of that type
     where   the beginning of the sentence: the file
-    names   {name: how the file calls it}, where that differs
     needed  names that must be there
     """
     for name in (*needed, *table):
-        says = (names or {}).get(name, name)
         if name not in values and name in needed:
-            raise UserError(f"{where} has no {says}")
+            raise UserError(f"{where} has no {name}")
         if name in values and not fits(values[name], *table[name]):
             kind, *limits = table[name]
             words = f"a list, each item {WORDS[kind[0]]}" if isinstance(kind, list) else WORDS[kind]
             words += f" from {limits[0]:,} to {limits[1]:,}" if limits else ""
             shown = repr(values[name])
             shown = shown if len(shown) < 80 else shown[:76] + " ..."
-            raise UserError(f"{where}: {says} is {shown}; it must be {words}")
+            raise UserError(f"{where}: {name} is {shown}; it must be {words}")
 
 
 def fits(value, kind, *limits):
