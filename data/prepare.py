@@ -285,13 +285,26 @@ def training_text(files, side, sizes, fraction, smoke):
 
 
 def encode_example(tokenizer, prompt, response):
-    """(ids, mask) of one example in the tokenizer's chat template, tokenized as one text that begins as a chat does.
+    """(ids, mask) of one example in the tokenizer's chat template: see encode_examples."""
+    return encode_examples(tokenizer, [(prompt, response)])[0]
 
-    Special tokens are recognised in the template only. What the template writes after the end token is left out.
+
+def encode_examples(tokenizer, examples):
+    """(ids, mask) of each (prompt, response) in the tokenizer's chat template.
+
+    An example is tokenized as one text that begins as a chat does. Special tokens are recognised in the template only.
+    The words of the template after the end token are left out.
     """
-    user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": response}
-    prompt = tokenizer.render([user])
-    full = tokenizer.render([user, assistant], add_generation_prompt=False)
+    chats = []
+    for prompt, response in examples:
+        user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": response}
+        chats += [([user], True), ([user, assistant], False)]
+    texts = tokenizer.render_all(chats)
+    return [encode_texts(tokenizer, *texts[i:i + 2]) for i in range(0, len(texts), 2)]
+
+
+def encode_texts(tokenizer, prompt, full):
+    """(ids, mask) of a rendered prompt and of the same text with its response; the mask has LEARNED in the response."""
     if not full.startswith(prompt):
         raise UserError("the tokenizer's chat template does not write an answer right after its generation prompt")
     rest, encoded = full[len(prompt):], lambda text: tokenizer.encode_array(text, special=True)
@@ -349,9 +362,11 @@ def tasks(sources, kind, fraction, smoke, stats):
 def encode(tokenizer, task, dtype):
     """What `task` adds to train.bin, val.bin, train.mask.bin and val.mask.bin: a list of bytes."""
     added = [bytearray() for _ in range(4)]
+    examples = [(item.prompt, item.response) for _, item in task if isinstance(item, tuple)]
+    examples = iter(encode_examples(tokenizer, examples))
     for which, item in task:
         if isinstance(item, tuple):
-            ids, mask = encode_example(tokenizer, item.prompt, item.response)
+            ids, mask = next(examples)
             added[2 + which] += mask.tobytes()
         else:
             ids = np.array([tokenizer.eos_id]) if item is None else tokenizer.encode_array(item)

@@ -10,20 +10,17 @@ What is stored is the Hub's tokenizer.json. What encodes is a `tiktoken.Encoding
 than the `tokenizers` library, where its ids are known to be the same, and that library itself everywhere else.
 """
 
-import datetime
 import functools
 import hashlib
 import json
 import re
-import threading
-import types
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from data import UserError
+from data import UserError, template
 
 # How text is cut into words before BPE merges bytes within them. Qwen2's: one digit at a time, newlines end a word.
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -50,8 +47,6 @@ PROBE = "a A1½_-!'s\n\r\n\t \u00a0e\u0301日🙂\x00  x  "  # a character of ea
 LONG_RUN = 100_000  # tiktoken's regex engine overflows its stack on about 1,000,000 whitespace characters in a row
 MOST_IDS = 1 << 24  # a larger id in a file is a mistake: the list of all tokens would fill the memory
 LONGEST_WORD = 500  # characters, in training: the trainer's time grows with the square of a word's length
-# What a chat template may do: a step costs STEP, a character one, and a message allows PER_CHARACTER for each it has
-STEP, BUDGET, PER_CHARACTER, LONGEST_TEMPLATE = 64, 1 << 24, 256, 1 << 17
 # A regex of these parts alone means the same to Oniguruma (tokenizers) and to fancy-regex (tiktoken)
 SAME_REGEX = re.compile(r"(?!.*([?*+]|3})[?*+])(\\p\{(L[ultmo]?|N|M|P|S)\}|\\[srnS]|\(\?(i:|!|:)|\{1,3\}"
                         r"|[][()|^?+*' /a-z])+")
@@ -261,10 +256,10 @@ def check_config(config, file="tokenizer_config.json"):
         name = config.get(key)
         name = name.get("content") if isinstance(name, dict) else name
         must(name is None or isinstance(name, str), f"{file}: {key} must be a text, not {name!r:.40}")
-    template, longest = config.get("chat_template"), config.get("model_max_length")
-    must(template is None or isinstance(template, str) or isinstance(template, list) and all(
+    chat, longest = config.get("chat_template"), config.get("model_max_length")
+    must(chat is None or isinstance(chat, str) or isinstance(chat, list) and all(
         isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str)
-        for t in template), f"{file}: chat_template must be a text, or a list of objects with name and template")
+        for t in chat), f"{file}: chat_template must be a text, or a list of objects with name and template")
     must(longest is None or type(longest) in (int, float), f"{file}: model_max_length must be a number")
 
 
@@ -274,260 +269,6 @@ def end_ids(config, file):
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     must(all(map(is_id, ids)), f"{file}: eos_token_id must be an id or a list of ids, not {ids!r:.60}")
     return ids
-
-
-# ------------------------------------------------------------------------------------- chat templates are programs
-
-
-def weigh(value, most):
-    """(parts, size): how many values a value holds, and STEP for each with its characters.
-
-    What is held twice counts twice: a list of two lists of two lists ... is small in memory and endless as text. The
-    walk ends above `most`.
-    """
-    parts, size, rest = 0, 0, [value]
-    while rest and size <= most:
-        value = rest.pop()
-        parts, size = parts + 1, size + 1
-        if isinstance(value, (str, range)):
-            size += len(value)
-        elif isinstance(value, int):
-            size += value.bit_length() // 4
-        elif isinstance(value, (dict, *VIEWS, list, tuple, set, frozenset)):
-            size += STEP * len(value)
-            if size <= most:
-                rest += [*value.keys(), *value.values()] if isinstance(value, dict) else value
-        elif type(value).__name__ == "Namespace":
-            size += STEP  # it may hold itself
-            rest.append(value._Namespace__attrs)
-    return (parts if size <= most else size), size
-
-
-VIEWS = type({}.keys()), type({}.values()), type({}.items())
-FORMATS = {"format", "format_map", "%"}  # numbers in the text are widths
-# The output is at most the text times the arguments; of all others it is at most their sum
-PRODUCTS = {*FORMATS, "replace", "join", "translate", "expandtabs", "indent", "tojson", "sum", "*"}
-SHALLOW = {"length", "count", "first", "last", "default", "d", "list", "items"}  # filters that look at no element
-
-
-@functools.lru_cache(64)
-def sandbox(metered, thread):
-    """(Jinja's environment for chat templates, as transformers has it; a function that sets what they may do next).
-
-    Jinja's sandbox keeps a template from files and from Python, not from running for ever. With metered=True each turn
-    of a loop, each call and each new value is paid from a budget, in characters, and what can make a long text of a
-    short one is paid before. Each thread has one of its own, and so its own budget.
-    """
-    from jinja2 import nodes, pass_context
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.runtime import Macro
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # as transformers: the template may be a stranger's
-    from jinja2.visitor import NodeTransformer
-    left = BUDGET
-
-    def reset(budget):
-        nonlocal left
-        left = budget
-
-    def spend(cost):
-        nonlocal left
-        left -= cost
-        if left < 0:
-            raise OverflowError("it takes too many steps or too much memory; take another template")
-
-    @pass_context  # with the context Jinja does not compute a filter while it compiles
-    def paid_filter(_, value):
-        nonlocal left
-        if type(value) is not str or len(value) > left:
-            return charge(value)
-        left -= STEP + len(value)  # as charge does, without calls: this is done most often; below 0 the next one fails
-        return value
-
-    def charge(value):
-        size = weigh(value, left)
-        spend(STEP * size[0] + (size[1] if isinstance(value, (str, int)) else 0))
-        return value
-
-    def prepay(name, value, args):
-        """Pays for the most that a function of Python or Jinja can make of these, before it does."""
-        own, others = weigh(value, left)[1], 1
-        for arg in args:
-            others += 8 * abs(arg) if isinstance(arg, int) and name not in FORMATS else weigh(arg, left)[1]
-        if name in FORMATS and isinstance(value, str):
-            if re.search(r":[^{}]*\{|%[^a-zA-Z%]*\*", value):
-                raise OverflowError(f"{name} with a width that is computed is not supported")
-            others += sum(map(int, re.findall("[0-9]+", value)))
-        if name == "sum":  # of lists each sum is copied
-            others = own
-        spend(own * others if name in PRODUCTS else own + others)
-
-    class Generation(Extension):  # {% generation %} marks what the assistant says; for the text it is nothing
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
-
-    def raise_exception(message):
-        raise ValueError(message)
-
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # Jinja's own escapes HTML
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def strftime_now(form):
-        must(len(form) < 999 and not re.search(r"[0-9]{3}", form), "strftime_now got a width")  # as in "%99999999d"
-        return datetime.datetime.now().strftime(form)
-
-    def paid(node, how="charge"):
-        return nodes.Filter(node, how, [], [], None, None, lineno=node.lineno)
-
-    def constant(node):
-        return isinstance(node, nodes.Const) or (
-            isinstance(node, (nodes.List, nodes.Tuple)) and all(map(constant, node.items)))
-
-    class Metering(NodeTransformer):
-        """Puts filters around what Jinja compiles without a call: charge (a value), glance (its length), tilde."""
-
-        def visit_For(self, node):
-            self.generic_visit(node)
-            outputs = sum(len(o.nodes) for o in node.find_all(nodes.Output))
-            turn = nodes.Const(" " * 8 * outputs, lineno=node.lineno)
-            node.body.insert(0, nodes.ExprStmt(paid(turn), lineno=node.lineno))
-            node.test = node.test and paid(node.test)
-            return node
-
-        def visit_Compare(self, node):
-            self.generic_visit(node)
-            sides, within = [node, *node.ops], any(o.op in ("in", "notin") for o in node.ops)
-            fixed = any(constant(side.expr) for side in sides)
-            for side in sides if within or not fixed else []:
-                listed = isinstance(side.expr, nodes.Name) or not fixed or side is not node
-                if not constant(side.expr) and listed:
-                    side.expr = paid(side.expr, "glance" if fixed else "charge")
-            return node
-
-        def visit_Test(self, node):
-            self.generic_visit(node)
-            if node.args or node.name in ("lower", "upper"):
-                node.node, node.args = paid(node.node), [a if constant(a) else paid(a) for a in node.args]
-            return node
-
-        def visit_Getitem(self, node):
-            self.generic_visit(node)
-            if isinstance(node.arg, nodes.Slice):
-                node.node = paid(node.node, "glance")
-            return node
-
-        def visit_Concat(self, node):
-            self.generic_visit(node)
-            return paid(nodes.List(node.nodes, lineno=node.lineno), "tilde")
-
-        def visit_Add(self, node):  # a + b + c ... is paid once, at the outermost, at the latest after 8
-            self.generic_visit(node)
-            terms, left = 1, node.left.node if isinstance(node.left, nodes.Filter) else None
-            while isinstance(left, nodes.Add):
-                terms, left = terms + 1, left.left
-            if 1 < terms < 8 and node.left.name == "charge":
-                node.left = node.left.node
-            return paid(node)
-
-        def visit_List(self, node):
-            self.generic_visit(node)
-            return node if constant(node) or getattr(node, "ctx", "load") != "load" else paid(node)
-
-        visit_Tuple = visit_Dict = visit_List
-
-    class Metered(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["*", "**", "%"])
-
-        def _parse(self, source, name, filename):
-            must(len(source) <= LONGEST_TEMPLATE, f"it is longer than {LONGEST_TEMPLATE:,} characters")
-            return Metering().visit(super()._parse(source, name, filename))
-
-        def is_safe_attribute(self, obj, attr, value):  # some codecs take minutes; without bytes there is less to count
-            return attr not in ("encode", "to_bytes") and super().is_safe_attribute(obj, attr, value)
-
-        def call_binop(self, context, operator, left, right):
-            if isinstance(left, int) and isinstance(right, int):
-                bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
-                spend(STEP + bits * bits)
-            elif operator == "*":
-                number, other = (left, right) if isinstance(left, int) else (right, left)
-                prepay("*", other, [number])
-            elif isinstance(left, str):
-                prepay(operator, left, right if isinstance(right, tuple) else [right])
-            return super().call_binop(context, operator, left, right)
-
-        def call(__self, __context, __obj, *args, **kwargs):  # the names leave all others to keyword arguments
-            if isinstance(__obj, Macro):
-                spend(4 * STEP)
-                return super().call(__context, __obj, *args, **kwargs)
-            args = [list(map(charge, a)) if isinstance(a, types.GeneratorType) else a for a in args]
-            method = getattr(__obj, "__wrapped__", __obj)  # of str.format, in the sandbox
-            own = getattr(method, "__self__", None)
-            if (type(own) is str or method is strftime_now) and method.__name__ not in PRODUCTS and not kwargs and all(
-                    type(a) is str for a in args):  # the most frequent: what they give is not longer
-                spend(STEP + len(own or "") + sum(map(len, args)))
-                return super().call(__context, __obj, *args)
-            if isinstance(method, types.BuiltinMethodType):
-                prepay(method.__name__, method.__self__, [*args, *kwargs.values()])
-            else:
-                spend(4 * STEP)
-                charge([*args, *kwargs.values()])
-            return charge(super().call(__context, __obj, *args, **kwargs))
-
-        @staticmethod
-        def concat(pieces):
-            pieces = list(pieces)
-            spend(8 * len(pieces) + sum(map(len, pieces)))
-            return "".join(pieces)
-
-    def metered_filter(name, function):
-        first = 1 if hasattr(function, "jinja_pass_arg") else 0
-
-        @functools.wraps(function)
-        def call(*args, **kwargs):
-            value = args[first]
-            if type(value) is str and len(args) == first + 1 and not kwargs:
-                nonlocal left
-                left -= STEP + 16 * len(value)  # the longest that a character becomes is an emoji's %F0%9F%98%80
-                return function(*args) if left >= 0 else spend(0)
-            if name in SHALLOW and hasattr(value, "__len__"):
-                spend(STEP + len(value))
-                return function(*args, **kwargs)
-            args = [list(map(charge, a)) if isinstance(a, types.GeneratorType) else a for a in args]
-            prepay(name, args[first], [*args[first + 1:], *kwargs.values()])
-            return charge(function(*args, **kwargs))
-        return call
-
-    @pass_context
-    def glance(_, value):
-        spend(STEP + (len(value) if isinstance(value, (str, list, tuple, dict)) else 0))
-        return value
-
-    @pass_context
-    def tilde(_, values):
-        spend(STEP + sum(len(v) if type(v) is str else weigh(v, left)[1] for v in values))
-        return "".join(map(str, values))
-
-    def shown(value):
-        if type(value) is not str:
-            spend(STEP + weigh(value, left)[1])
-        return value
-
-    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [loopcontrols, Generation]}
-    env = Metered(**options, finalize=shown) if metered else ImmutableSandboxedEnvironment(**options)
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = strftime_now
-    env.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the class: its methods change things
-    if metered:
-        for name in "pprint", "striptags", "urlize", "wordwrap", "xmlattr":  # for HTML, slow on purpose-made texts
-            del env.filters[name]
-        del env.globals["lipsum"]
-        env.filters.update({name: metered_filter(name, function) for name, function in env.filters.items()})
-        env.filters.update(charge=paid_filter, glance=glance, tilde=tilde)
-    return env, reset
 
 
 class Tokenizer:
@@ -572,7 +313,7 @@ class Tokenizer:
             self._bytes[i] = token.encode("utf-8")
 
         self.pattern, self.normalizer = tiktoken_plan(data) or (None, None)
-        self._engines, self._compiled = {}, {}
+        self._engines = {}
         if self.pattern:
             # some vocabularies lack bytes; the library has its own way with them, so it gets the texts that hold one
             missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
@@ -605,10 +346,10 @@ class Tokenizer:
         names = [part["SpecialToken"]["id"] for part in first if "SpecialToken" in part]
         self.bos_id = self._added.get(names[0]) if names else None
 
-        template = config.get("chat_template")
-        if isinstance(template, list):  # older directories name several
-            template = {t["name"]: t["template"] for t in template}.get("default")
-        self.chat_template = template or (CHATML if {"<|im_start|>", "<|im_end|>"} <= self._added.keys() else PLAIN)
+        chat = config.get("chat_template")
+        if isinstance(chat, list):  # older directories name several
+            chat = {t["name"]: t["template"] for t in chat}.get("default")
+        self.chat_template = chat or (CHATML if {"<|im_start|>", "<|im_end|>"} <= self._added.keys() else PLAIN)
 
     @functools.cached_property
     def hash(self):
@@ -690,23 +431,33 @@ class Tokenizer:
     def render(self, messages, add_generation_prompt=True):
         """Chat messages [{"role", "content"}, ...] as one text by the chat template; `encode(..., special=True)` it.
 
+        See render_all.
+        """
+        return self.render_all([(messages, add_generation_prompt)])[0]
+
+    def render_all(self, chats):
+        """The texts of chats [(messages, add_generation_prompt), ...], together: see data/template.py.
+
         Where a message contains the text of a special token a noncharacter (GUARD) is put into it, which encode takes
         out again: no message can end its own turn. Raises UserError if the template fails.
         """
         names = {k: self._name(k) for k in ("bos_token", "unk_token", "pad_token") if self._name(k)}
-        messages = self._guard(messages)
+        names.update(tools=None, documents=None, eos_token=self.eos_token)
+        chats = [(self._guard(messages), prompt) for messages, prompt in chats]
         try:
-            text = self._template(messages).render(messages=messages, add_generation_prompt=add_generation_prompt,
-                                                   tools=None, documents=None, eos_token=self.eos_token, **names)
-        except Exception as e:  # a template is a program of someone else's: it can fail in any way
-            reason = " ".join(str(e).split())[:300] or type(e).__name__
-            raise UserError(f"the tokenizer's chat template failed: {reason}") from None
-        said = messages[-1].get("content") if messages else None
-        if isinstance(said, str) and said.strip() not in text and not said_in(said, text):
-            raise UserError(f"the tokenizer's chat template loses the text of the message of {messages[-1].get('role')}"
-                            " (it may want parts, or other names): give the model a template for plain text, as "
-                            "chat_template in tokenizer_config.json or as chat_template.jinja")
-        return text
+            texts = template.render(
+                self.chat_template, [{**names, "messages": m, "add_generation_prompt": prompt} for m, prompt in chats],
+                trusted=self.chat_template in (CHATML, PLAIN))
+        except ValueError as e:
+            raise UserError(f"the tokenizer's chat template failed: {e}") from None
+        for text, (messages, _) in zip(texts, chats):
+            said = messages[-1].get("content") if messages else None
+            if isinstance(said, str) and said.strip() not in text and not said_in(said, text):
+                raise UserError(
+                    f"the tokenizer's chat template loses the text of the message of {messages[-1].get('role')} (it may"
+                    " want parts, or other names): give the model a template for plain text, as chat_template in "
+                    "tokenizer_config.json or as chat_template.jinja")
+        return texts
 
     def _guard(self, value):
         """A copy of messages in which no text holds a special token (several rounds, as they may overlap)."""
@@ -717,16 +468,6 @@ class Tokenizer:
         while isinstance(value, str) and self._unsafe and self._unsafe.search(value):
             value = self._unsafe.sub(lambda m: m[0][0] + GUARD + m[0][1:], value)
         return value
-
-    def _template(self, messages):
-        """This thread's compiled chat template, with a budget for these messages; ours needs none."""
-        metered, thread = self.chat_template not in (CHATML, PLAIN), threading.get_ident()
-        env, reset = sandbox(metered, thread)
-        if metered:
-            reset(BUDGET + PER_CHARACTER * sum(len(m.get("content") or "") for m in messages))
-        if self._compiled.get(thread, [None])[0] != self.chat_template:
-            self._compiled[thread] = self.chat_template, env.from_string(self.chat_template)
-        return self._compiled[thread][1]
 
     def _name(self, key):
         value = self.config.get(key)

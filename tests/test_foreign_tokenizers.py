@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data import UserError
+from data import UserError, template
 from data.prepare import encode_example
 from data.tokenizer import CHATML, Tokenizer
 
@@ -131,58 +131,35 @@ def test_stopping_is_no_panic():
 
 # ----------------------------------------------------------------------------------------------- chat templates
 
-GROW = ("{{% set n = namespace(x='xxxx') %}}{{% for i in range(60) %}}{{% set n.x = {} %}}{{% endfor %}}"
-        "{{{{ n.x }}}}")
-BIG = "{% set x = 'y' * 1000000 %}"
 ENDLESS = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "filtered loop": "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+    "power": "{{ 9**(9**9) }}", "times": "{{ 'x' * 3000000000 }}", "width": "{{ '{:2000000000}'.format(1) }}",
     "macro": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "recursive": "{% for x in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
-    "times": "{{ 'x' * 3000000000 }}", "times list": "{{ ([0] * 300000000)|length }}",
-    "power": "{{ 9**(9**9) }}", "square": "{{ (9**99999)**99999 }}",
-    "plus": GROW.format("n.x + n.x"), "tilde": GROW.format("n.x ~ n.x"), "join": GROW.format("[n.x, n.x]|join"),
-    "lists": GROW.format("[n.x, n.x]"), "dicts": GROW.format("{'a': n.x, 'b': n.x}"),
-    "namespaces": GROW.format("namespace(a=n.x, b=n.x)"), "itself": "{% set n = namespace() %}{% set n.a = n %}{{ n }}",
-    "format": "{{ '{:2000000000}'.format(1) }}", "format of format": "{{ '{:{w}}'.format(1, w=2000000000) }}",
-    "percent": "{{ '%2000000000d' % 1 }}", "percent star": "{{ '%*d' % (2000000000, 1) }}",
-    "format filter": "{{ '%2000000000d'|format(1) }}", "center": "{{ 'x'|center(2000000000) }}",
-    "ljust": "{{ 'x'.ljust(2000000000) }}", "tabs": "{{ '\t\t\t'.expandtabs(999999999) }}",
-    "replace": BIG + "{{ x.replace('y', x) }}", "replace filter": BIG + "{{ x|replace('', x) }}",
-    "join filter": BIG + "{{ range(99999)|map('string')|join(x) }}", "join method": BIG + "{{ x.join(x) }}",
-    "indent": "{{ ('a\n' * 100000)|indent(99999) }}", "tojson": "{{ [[1]]|tojson(indent=2000000000) }}",
-    "strftime": "{{ strftime_now('%2000000000d') }}", "round": "{{ 1.5|round(999999999) }}",
-    "slice": "{% set x = 'y' * 9000000 %}{% for i in range(99999) %}{% set y = x[1:] %}{% endfor %}",
-    "literal": "{% for i in range(99999) %}" + "x" * 100000 + "{% endfor %}",
-    "outputs": "{% for i in range(99999) %}" + "{{ i }}" * 10000 + "{% endfor %}",
-    "changed": "{% set x = range(99999)|list %}{% set y = range(99999)|list %}{% for i in range(99999) %}"
-               "{% if loop.changed(x if i % 2 else y) %}{% endif %}{% endfor %}", "too long": "x" * 3_000_000,
-    "nested": "{% for i in range(9999) %}" * 15 + "{% endfor %}" * 15, "parentheses": "{{ " + "(" * 30000 + " }}",
-}
-ATTACK = """
-import json, resource, sys, time
-resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-from data import UserError
-from data.tokenizer import Tokenizer
-tokenizer = Tokenizer.from_bytes()
-for name, template in json.load(sys.stdin).items():
-    tokenizer.chat_template, start, memory = template, time.process_time(), resource.getrusage(0).ru_maxrss
-    try:
-        tokenizer.render([{"role": "user", "content": "hi"}])
-        print(name, "was rendered")
-    except UserError as e:
-        assert "chat template" in str(e) and "\\n" not in str(e), e
-    seconds, more = time.process_time() - start, (resource.getrusage(0).ru_maxrss - memory) / 1024
-    if seconds > 2 or more > 300:
-        print(name, f"{seconds:.1f} s, {more:.0f} MB")
-"""
+    "text": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+    "lists": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "literal": "{% for i in range(99999) %}" + "x" * 100000 + "{% endfor %}", "depth": "{{ " + "(" * 30000 + " }}"}
 
 
+@pytest.mark.parametrize("name", ENDLESS)
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
-def test_no_template_takes_more_than_two_seconds_or_300_megabytes():
-    done = subprocess.run([sys.executable, "-c", ATTACK], input=json.dumps(ENDLESS), capture_output=True, text=True,
-                          cwd=ROOT, timeout=120, encoding="utf-8")
-    assert done.stdout == "" and done.returncode == 0, done.stdout + done.stderr
+def test_no_template_runs_for_ever_or_fills_the_memory(name, monkeypatch):
+    monkeypatch.setattr(template, "SECONDS", 1)
+    tokenizer = Tokenizer.from_bytes()
+    tokenizer.chat_template, start = ENDLESS[name], time.monotonic()
+    with pytest.raises(UserError, match="chat template failed") as error:
+        tokenizer.render(ASK)
+    assert "\n" not in str(error.value) and time.monotonic() - start < 10
+    tokenizer.chat_template = "{{ messages[0].content }}"                    # the second process starts again
+    assert tokenizer.render(ASK) == ASK[0]["content"]
+
+
+def test_the_second_process_takes_no_more_memory_than_it_may():
+    tokenizer = Tokenizer.from_bytes()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.render(ASK)
+    status = Path(f"/proc/{template.second.process.pid}/limits")
+    if status.is_file():
+        assert str(template.MEMORY) in next(x for x in status.read_text().splitlines() if x.startswith("Max address"))
 
 
 def test_a_long_chat_stays_within_the_budget():
@@ -198,7 +175,7 @@ def test_a_long_chat_stays_within_the_budget():
     assert len(tokenizer.render([{"role": "user", "content": "0123456789" * 200_000}])) > 2_000_000
 
 
-def test_metered_and_plain_give_the_same_text():
+def test_both_processes_give_the_same_text():
     """A space at its end makes our template a stranger's."""
     tokenizer, other = Tokenizer.from_bytes(), Tokenizer.from_bytes()
     other.chat_template = CHATML + " "
@@ -207,14 +184,14 @@ def test_metered_and_plain_give_the_same_text():
         assert other.render(chat, prompt) == tokenizer.render(chat, prompt) + " "
 
 
-@pytest.mark.parametrize("template", [
+@pytest.mark.parametrize("chat", [
     "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}",
     "{% for m in messages %}{{ m.role }}: {{ m.value }}{% endfor %}", "{{ 'always the same' }}",
     "{% for m in messages %}{% if m.role == 'human' %}{{ m.content }}{% endif %}{% endfor %}",
     "{% for m in messages %}{{ m.content[:3] }}{% endfor %}"])
-def test_a_template_that_loses_the_message_is_refused(template):
+def test_a_template_that_loses_the_message_is_refused(chat):
     tokenizer = Tokenizer.from_bytes()
-    tokenizer.chat_template = template
+    tokenizer.chat_template = chat
     for ask in (lambda: tokenizer.render(ASK), lambda: encode_example(tokenizer, "what is red", "a colour")):
         with pytest.raises(UserError, match="chat template loses the text.*chat_template"):
             ask()
