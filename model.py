@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import MODEL, UserError, beside, named, replacing, sync, write_json
+from data import MODEL, UserError, beside, named, reading, replacing, sync, write_json
 from data.values import check_values
 
 FORMAT = 1                                  # of what we add to config.json; a newer one is refused by name
@@ -1778,6 +1778,7 @@ def whole(path):
         for candidate in (base, beside(base, "new"), beside(base, "old")):
             if (candidate / "config.json").is_file():      # it is written last
                 return candidate
+    refuse_beside(path)
     raise UserError(f"there is no model in {path}: no config.json in it, nor in its best/ or last/" if path.exists()
                     else f"there is no directory {path}")
 
@@ -1785,7 +1786,8 @@ def whole(path):
 def read_json(path):
     """A file's JSON object as a dict. Raises UserError."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        with reading(path):
+            value = json.loads(Path(path).read_text(encoding="utf-8"))
         json.dumps(value, ensure_ascii=False).encode("utf-8")        # half a surrogate pair can be read, not written
     except (ValueError, OSError, RecursionError) as error:           # RecursionError: lists in lists without end
         raise UserError(f"{path} cannot be read as JSON ({error})") from None

@@ -922,6 +922,13 @@ def evaluation_table(results, groups):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def is_answers(path):
+    """Whether the first line of a file is one that --eval --out writes."""
+    with open(path, "rb") as file, contextlib.suppress(ValueError):
+        return {"model", "nats", "bytes"} <= set(json.loads(file.readline(1 << 24)))
+    return False
+
+
 def evaluate_command(args):
     """--eval: prints the table; with --out writes a line for each model and prompt."""
     from data import heldout                                     # here: to run a model needs no data
@@ -931,6 +938,9 @@ def evaluate_command(args):
         raise UserError(f"--out {args.out} is a directory: give the name of a file")
     if args.out and Path(args.out).exists() and not args.overwrite:
         raise UserError(f"--out {args.out} is there already: give another name or --overwrite")
+    if args.out and Path(args.out).exists() and not is_answers(args.out):
+        raise UserError(f"--out {args.out} is not a file that --eval wrote, so --overwrite does not replace it: give "
+                        "another name")
     if args.data and not is_file:
         raise UserError(f"--eval {args.eval} is prepared data, with its own training text: leave out --data")
     flag, wanted = ("--data", args.data) if args.data else ("--eval", args.eval)

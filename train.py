@@ -570,15 +570,19 @@ def rows_at_once(cfg, machine):
 def check_memory(model, cfg, machine):
     """Raises UserError if what the blocks keep of one micro-batch for the backward pass, counted low, is more than all
     the memory of this machine: Linux would end the process without a word."""
-    if machine.device.type != "cpu" or not hasattr(os, "sysconf"):
+    if machine.device.type != "cpu":
         return
     c, tokens = model.config, rows_at_once(cfg, machine) * cfg.context
     least = 4 * tokens * (c.num_hidden_layers * (4 * c.hidden_size + 2 * c.intermediate_size) if not
                           cfg.checkpoint_activations else c.num_hidden_layers * c.hidden_size)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if least > memory:
+    if least > memory_of_machine():
         raise UserError(f"{tokens:,} tokens at once need more than {least / 1e9:,.0f} GB, and this machine has "
-                        f"{memory / 1e9:,.0f}: lower --micro-batch, --batch-size or --context")
+                        f"{memory_of_machine() / 1e9:,.0f}: lower --micro-batch, --batch-size or --context")
+
+
+def memory_of_machine():
+    """Bytes of memory; infinite where the system does not say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 def train_step(step, forward, batches, optimizers, scaler, cfg, machine):
@@ -1060,11 +1064,18 @@ def open_model(cfg, given, tokenizer, machine):
         cfg.context = min(cfg.context, window)
     else:
         heads = heads_of(cfg)
-        model = Transformer(Config(
+        config = Config(
             vocab_size=tokenizer.vocab_size, hidden_size=cfg.width, intermediate_size=cfg.ffn or 3 * cfg.width,
             num_hidden_layers=cfg.layers, num_attention_heads=heads, num_key_value_heads=cfg.kv_heads or heads,
             head_dim=cfg.head_dim or cfg.width // heads, max_position_embeddings=cfg.context,
-            tie_word_embeddings=cfg.tie))
+            tie_word_embeddings=cfg.tie)
+        with torch.device("meta"):
+            least = 12 * Transformer(config).parameters_count()      # weight, gradient and momentum in float32
+        if least > memory_of_machine() and machine.device.type == "cpu":
+            raise UserError(f"a model of {least / 12e9:,.1f} billion parameters is trained in no less than "
+                            f"{least / 1e9:,.0f} GB, and this machine has {memory_of_machine() / 1e9:,.0f}: lower "
+                            "--width, --layers or --ffn")
+        model = Transformer(config)
         model.initialize(torch.Generator().manual_seed(cfg.seed))
     return model.to(machine.device)
 

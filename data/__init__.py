@@ -66,6 +66,17 @@ def open_streams():
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Names the file in an OSError that read() raises: Python names it only in those of open()."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def sentence(error):
     """What to say of an error that the system raised, or None: it is a bug and keeps its traceback."""
     number = getattr(error, "errno", None)

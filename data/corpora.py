@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from data import UserError
+from data import UserError, reading
 
 KNOWN = ["stdlib"]  # corpora that need no file and no network; download.py has others
 PIECE, HARD_CUT = 1 << 20, 8 << 20  # characters
@@ -122,7 +122,7 @@ def documents(files, skipped):
 def between(path, name, end):
     """Yield (place, parts) of each text that `end` (bytes) ends or parts from the next; blank ones are passed over."""
     number, rest, block = 0, b"", b" "
-    with open(path, "rb") as f:
+    with reading(path), open(path, "rb") as f:
         while block:
             block = f.read(PIECE)
             *texts, rest = (rest + (block or end)).split(end)
@@ -206,7 +206,7 @@ def objects(path, name):
 
     Raises UserError naming file and line for what is not UTF-8 or not JSON.
     """
-    with open(path, "rb") as f:
+    with reading(path), open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             place = f"{name}, line {number}"
             if not line.strip():

@@ -6,7 +6,7 @@
 
 tests/test_lost.py runs a few of them. Commands run in forks of a process that has imported PyTorch, which saves seconds.
 """
-import contextlib, hashlib, json, os, random, re, resource, runpy, shutil, signal, subprocess, sys, tempfile, time
+import contextlib, hashlib, json, os, random, resource, runpy, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,7 +226,7 @@ def mutations(folder, n, seed=0):
 
 def disks(folder, n):
     """Runs each command on a disk that is full at n places: the old result stays, and the message is one sentence."""
-    wrong, said, disk, count = [], folder / "said.txt", folder / "disk", folder / "count.txt"
+    wrong, said, disk = [], folder / "said.txt", folder / "disk"
     make(folder)
     disk.mkdir()
     for name, (argv, more) in commands(folder, disk / "out").items():

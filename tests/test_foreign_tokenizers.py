@@ -1,7 +1,6 @@
 """Tokenizers of strangers: broken values, panics, endless chat templates, SentencePiece's examples, end tokens."""
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path

@@ -1,5 +1,5 @@
 """A directory as the Hub's tools meet it: transformers 4.57 and 5 open it, and whose work it is stays with it."""
-import json, warnings
+import json
 
 import pytest
 import torch

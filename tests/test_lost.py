@@ -4,10 +4,9 @@ import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
-import torch
 
-import compress, distill, model, train
-from data import DATASET, MODEL, UserError, beside, refuse_foreign, replacing, run
+import compress, distill, sample, train
+from data import UserError, reading, run, sentence
 from data.prepare import prepare
 
 if os.name != "posix":
@@ -149,3 +148,29 @@ def test_closed_streams_newlines_and_sizes_that_no_machine_has(place):
                  ["train.py", "--data", place / "data", "--out", place / "x", *breaking.TINY, "--batch-size", 10 ** 12]):
         done = script(argv)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+
+
+def test_out_replaces_only_answers(place, capsys):
+    """A file of the user's own, and one that --eval wrote."""
+    lines, out, mine = place / "lines.jsonl", place / "answers.jsonl", place / "mine.txt"
+    lines.write_text('{"prompt": "a b", "response": "c"}\n', encoding="utf-8")
+    mine.write_text("mine\n", encoding="utf-8")
+    argv = [str(place / "model"), "--eval", str(lines), "--overwrite", "--out"]
+    with pytest.raises(UserError, match="mine.txt is not a file that --eval wrote"):
+        sample.main([*argv, str(mine)])
+    assert mine.read_text(encoding="utf-8") == "mine\n"
+    for _ in range(2):
+        sample.main([*argv, str(out)])
+        assert json.loads(out.read_text(encoding="utf-8"))["response"] == "c"
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_made(place, monkeypatch):
+    monkeypatch.setattr(train, "memory_of_machine", lambda: 10 ** 8)
+    with pytest.raises(UserError, match="billion parameters .* lower --width"):
+        train.main([*map(str, ("--data", place / "data", "--out", place / "out", "--width", 2048))])
+
+
+def test_errors_while_reading_name_the_file():
+    with pytest.raises(OSError) as error, reading("some.jsonl"):
+        os.read(os.open(".", os.O_RDONLY), 1)                                # a directory: EISDIR, without a name
+    assert sentence(error.value).startswith("some.jsonl: ")
