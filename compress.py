@@ -34,10 +34,9 @@ A step is written name[:value][:method]:
         sparsegpt   one column after another, made up for by those to come
     recover:STEPS[:taught|text]            the model learns on for so many steps of four windows; zeros of sparse stay
         taught  by the model that entered the chain, as in distill.py
-        text    by cross-entropy. --recover-control also says what the same does to the model that entered the chain
+        text    by cross-entropy.
     int8[:qat]                 weights become 8-bit integers, one scale for each row
-    int4[:32|64|128][:rtn|gptq|qat]        4-bit integers, one scale for each group of 32 (or 64, 128) in a row. With
-                               --asymmetric an offset too: better, for half a bit a weight (groups of 32)
+    int4[:32|64|128][:rtn|gptq|qat]        4-bit integers, one scale for each group of 32 (or 64, 128) in a row.
         rtn     each weight to the nearest of its integers, as is int8: needs no text
         gptq    one column after another, made up for by those to come: about half the loss of rtn. It looks at 128
                 windows of what the model was trained on, or of --calibration NAME_OR_DIR_OR_FILE
@@ -60,8 +59,7 @@ Biases, norms and learned positions stay float. All other steps write a model di
 quantized layers multiply in C, compiled once (model.py, KERNELS): generation is faster than dense. Without a compiler,
 and on a GPU, each use dequantizes the weights, and it is slower; --measure and sample.py say which it was.
 """
-import collections, contextlib, copy, difflib, hashlib, heapq, itertools, json, math, os, platform, re, shlex, shutil
-import sys, time, types, typing
+import argparse, collections, copy, hashlib, itertools, math, shlex, shutil, sys
 from pathlib import Path
 
 import data  # noqa: F401 - first, so that Ctrl-C is quiet while torch is imported
@@ -71,48 +69,25 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import distill, sample, train
-from data import (MODEL, REPORT, Parser, UserError, heldout, refuse_foreign, remove_tree, replacing_file, run, settle,
-                  write_json)
-from data.export import GGUF_STORED, GGUF_TYPES, import_gguf, write_gguf
+import distill, train
+from data import UserError
+from data.chain import (MEASURING, Form, chain_name, check_chain_out, check_flags, check_order, is_made, needs_text,
+                        open_stages, parse_chain, told_how_to_go_on)
+from data.checkpoints import checkpoint_hash, model_name, whole
+from data.console import Parser, decoded, run
+from data.export import GGUF_TYPES, import_gguf, write_gguf
+from data.files import MODEL, remove_tree, settle
+from data.hub import FAMILIES, SIZES
 from data.loader import IGNORE, Batch, Windows, read_meta
-from data.prepare import encode_example, find
+from data.sources import calibration_context, calibration_data
 from data.tokenizer import Tokenizer
-from data.tokenizer import pairs as merge_pairs
-from model import (FAMILIES, LAYERS, SIZES, LowRankLinear, QuantLinear, Transformer, absmax_scales,
-                   checkpoint_hash, dequantized, load, minmax_grid, model_name, read_config, read_json, rounded,
-                   save, whole)
+from data.tokenizer_files import cut_tokenizer
+from distill import fine_tune, quantization_aware_training, zeros_kept
+from model import LAYERS, LowRankLinear, QuantLinear, Transformer, absmax_scales, dequantized, load, rounded, save
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Calibration: the text that a step looks at, of what the model learned from and never of what it is judged by
-
-def calibration_context(model):
-    """Tokens in a window of calibration."""
-    return min(256, model.config.max_position_embeddings)
-
-
-def calibration_data(model, tokenizer, args):
-    """The directory of prepared data, or the text file, that --calibration or else the model's history names.
-
-    Raises UserError if there is none, or if it was prepared with another tokenizer.
-    """
-    if not args.calibration:
-        known = trained_on(model.history, args.smoke, "the model", "give --calibration, prepared data or a text file")
-        same = read_meta(known)["tokenizer_hash"] == tokenizer.hash            # not after the step vocab
-        return known if same else in_ids_of(tokenizer, known, Path(args.run) / "data")
-    if Path(args.calibration).is_file():
-        return Path(args.calibration)
-    directory = find(args.calibration, args.smoke, "--calibration")
-    if directory is None:
-        raise UserError(f"--calibration {args.calibration} is not prepared yet: python data/prepare.py "
-                        f"{args.calibration}, or name a text file")
-    if read_meta(directory)["tokenizer_hash"] != tokenizer.hash:
-        if any(entry["step"] == "vocab" for entry in model.history):
-            return in_ids_of(tokenizer, directory, Path(args.run) / "data")
-        raise UserError(f"--calibration {args.calibration} was prepared with another tokenizer than the model's: "
-                        f"prepare it with data/prepare.py --tokenizer {args.model}, or name a text file")
-    return directory
 
 
 def calibration(model, tokenizer, args):
@@ -123,7 +98,7 @@ def calibration(model, tokenizer, args):
     source, context = calibration_data(model, tokenizer, args), calibration_context(model)
     count = args.calibration_windows
     if source.is_file():
-        name, ids = source.name, tokenizer.encode_array(sample.decoded(source.read_bytes(), f"--calibration {source}"))
+        name, ids = source.name, tokenizer.encode_array(decoded(source.read_bytes(), f"--calibration {source}"))
         if len(ids) <= context:
             raise UserError(f"--calibration {source} has {len(ids)} tokens, less than one window of {context} and the "
                             "token after it: name a longer text")
@@ -286,15 +261,16 @@ def refit(small, dense, kept, batches):
         for part, change in zip(parts, delta.split([len(part.weight) for part in parts])):
             part.weight += change
 
-    theirs, rotaries = zip(*(start(dense, batch)[:2] for batch in batches))
+    check_groups(dense, batches[0])
+    theirs, rotaries, masks = zip(*(dense.model.prepare(batch.ids, segments=batch.segments) for batch in batches))
     ours = [taken(x, kept, -1, "width", 0) for x in theirs]
     for i, dense_block in enumerate(dense.model.layers):
         if i not in layers:                                       # cut out: from here on the stream lacks what it adds
-            theirs = [dense_block(*state, None) for state in zip(theirs, rotaries, masks(dense, i, batches))]
+            theirs = [dense_block(x, rotary, mask[i]) for x, rotary, mask in zip(theirs, rotaries, masks)]
             continue
         block = small.model.layers[layers.index(i)]
-        flows = [(halts(dense_block, d, rotary, mask), halts(block, x, rotary, mask))
-                 for d, x, rotary, mask in zip(theirs, ours, rotaries, masks(dense, i, batches))]
+        flows = [(by_group(dense_block, d, rotary, mask[i]), by_group(block, x, rotary, mask[i]))
+                 for d, x, rotary, mask in zip(theirs, ours, rotaries, masks)]
         for names in SAME_INPUT:
             names = [name for name in names if name != "mlp.gate_proj" or c.gated]
             parts, hessian, drift = [block.get_submodule(name) for name in names], 0.0, 0.0
@@ -425,50 +401,11 @@ def structured_step(model, tokenizer, step, args):
         **said, **({"calibration": made_of, "seed": args.seed} if batches else {})}
 
 
-def cut_tokenizer(tokenizer, counts, size):
-    """(ids that stay (n,), the Tokenizer of n ids that they become), by how often each id is used.
-
-    One id goes after another until `size` are left: of those that no merge builds on the least used one, and its uses
-    become uses of the two that it is built from. Bytes and added tokens stay. Raises UserError if those are more.
-    """
-    data = copy.deepcopy(tokenizer.data)
-    bpe, added, counts = data["model"], {t["content"] for t in data.get("added_tokens") or []}, counts.tolist()
-    if "merges" not in bpe or (data.get("decoder") or {}).get("type") != "ByteLevel":
-        raise UserError("vocab: the tokenizer is not a byte-level BPE, and of others no id can be left out")
-    vocab, made, builds, gone = bpe["vocab"], collections.defaultdict(list), collections.Counter(), set()
-    for pair in map(tuple, merge_pairs(bpe)):
-        made["".join(pair)].append(pair)
-        builds.update(pair)
-    leaves = [(counts[i], -i, t) for t, i in vocab.items() if not builds[t] and len(t) > 1 and t not in added]
-    heapq.heapify(leaves)
-    for _ in range(len(vocab.keys() | added) - size):
-        if not leaves:
-            raise UserError(f"vocab: {size} ids are fewer than the bytes and special tokens, which stay: keep more")
-        count, _, token = heapq.heappop(leaves)
-        gone.add(token)
-        for pair in made[token]:
-            for part in pair:
-                builds[part] -= 1
-                counts[vocab[part]] += count if pair is made[token][0] else 0
-                if not builds[part] and len(part) > 1 and part not in added:
-                    heapq.heappush(leaves, (counts[vocab[part]], -vocab[part], part))
-    kept = sorted({i for t, i in vocab.items() if t not in gone} | {t["id"] for t in data.get("added_tokens") or []})
-    new = {old: i for i, old in enumerate(kept)}
-    bpe.update(vocab={t: new[i] for t, i in vocab.items() if t not in gone},
-               merges=[pair for pair in merge_pairs(bpe) if "".join(pair) not in gone])
-    for token in data.get("added_tokens") or []:
-        token["id"] = new[token["id"]]
-    post = data.get("post_processor") or {}
-    for token in (t for p in post.get("processors", [post]) for t in (p.get("special_tokens") or {}).values()):
-        token["ids"] = [new[i] for i in token["ids"]]
-    return torch.tensor(kept), Tokenizer(data, tokenizer.config, [new[i] for i in tokenizer.eos_ids])
-
-
 def vocab_step(model, tokenizer, step, args):
     """vocab. KEEP is the share of the ids that stays, those that the calibration data uses most."""
     source = calibration_data(model, tokenizer, args)
     if source.is_file():
-        ids, name = tokenizer.encode_array(sample.decoded(source.read_bytes(), f"--calibration {source}")), source.name
+        ids, name = tokenizer.encode_array(decoded(source.read_bytes(), f"--calibration {source}")), source.name
     else:
         meta = read_meta(source)
         ids, name = np.memmap(source / "train.bin", dtype=meta["dtype"], mode="r"), meta["name"]
@@ -479,33 +416,15 @@ def vocab_step(model, tokenizer, step, args):
                               "tokenizer": fewer_ids.hash[:16]}
 
 
-def in_ids_of(tokenizer, directory, place):
-    """Prepared data of another tokenizer, decoded and encoded again with this one, in directory `place`."""
-    meta = read_meta(directory)
-    if meta["kind"] != "text":
-        raise UserError(f"{meta['name']} holds prompts and responses in ids from before vocab: put vocab last, or give "
-                        "--calibration FILE")
-    if not (place / "meta.json").exists():
-        place.mkdir(parents=True, exist_ok=True)
-        for split in ("train", "val"):
-            ids = np.memmap(directory / f"{split}.bin", dtype=meta["dtype"], mode="r")
-            ids = np.array(reencoded(ids, Tokenizer.load(directory), tokenizer), meta["dtype"])
-            ids.tofile(place / f"{split}.bin")
-            meta["splits"][split] = {**meta["splits"][split], "tokens": len(ids)}
-        write_json(place / "meta.json", {**meta, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size})
-    return place
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Quantization
 
-def plan(model, bits, group, head_bits, asymmetric=False):
+def layers_to_quantize(model, bits, group, head_bits):
     """The layers to quantize as entries of model.compression: [{"module", "kind", ...spec}, ...].
 
     bits       8 (one scale for each row) or 4 (one for each `group` of a row): of the layers in the blocks
     head_bits  8, 4 or 16 (stays float): of the embedding and the head, the most sensitive and in a small model the
                largest matrices. Tied, they are one table
-    asymmetric of the layers with 4 bits: each group has an offset too
     Raises UserError if groups do not divide the rows of a layer, or if float16 cannot hold it.
     """
     entries = []
@@ -515,7 +434,7 @@ def plan(model, bits, group, head_bits, asymmetric=False):
         if (not isinstance(layer, (nn.Linear, nn.Embedding)) or name == "model.embed_positions" or its_bits == 16
                 or name == "lm_head" and model.config.tie_word_embeddings):
             continue
-        spec = {"group": group, **({"asymmetric": True} if asymmetric else {})} if its_bits == 4 else {}
+        spec = {"group": group} if its_bits == 4 else {}
         if not layer.weight.detach().abs().max() <= 65504:
             raise UserError(f"int{bits}: {name} has weights that are infinite, not numbers, or too large for float16")
         try:
@@ -533,21 +452,21 @@ def round_to_nearest(model, entries):
         model.replace(entry, LAYERS[entry["kind"]].from_dense(model.get_submodule(entry["module"]), **spec))
 
 
-def searched_grid(weight, importance, bits, group, asymmetric=False):
-    """[scales] or [scales, offsets], float16 (out, in / group): of grids that cut off more and more of the largest
-    weights, for each group the one by which it loses least. An outlier need not make the steps wide for all.
+def searched_scales(weight, importance, bits, group):
+    """Scales, float16 (out, in / group), that cut off the largest weights of a group as far as that loses least.
+
+    An outlier need not make the steps wide for all.
 
     weight (out, in); importance (in,): what a squared error in a column costs
     """
     best = None
     for share in torch.linspace(1.0, 0.5, 11).tolist():
-        grid = minmax_grid(weight * share, bits, group) if asymmetric else (absmax_scales(weight * share, bits, group),)
-        error = dequantized(rounded(weight, grid[0], bits, *grid[1:]), *grid) - weight
+        scales = absmax_scales(weight * share, bits, group)
+        error = dequantized(rounded(weight, scales, bits), scales) - weight
         error = (error.square() * importance).unflatten(1, (-1, group)).sum(-1)                  # (out, in / group)
         if best is None:
-            best, least = grid, error
-        best = [torch.where(error < least, new, old) for new, old in zip(grid, best)]
-        least = torch.minimum(least, error)
+            best, least = scales, error
+        best, least = torch.where(error < least, scales, best), torch.minimum(least, error)
     return best
 
 
@@ -602,51 +521,22 @@ def column_by_column(weight, factor, settle, drift=None, block=128):
     return final.T.contiguous()
 
 
-def gptq(weight, hessian, bits, group, asymmetric=False, drift=None, name="a layer"):
-    """(integers, scales, offsets or None) of a weight (out, in), chosen so that the layer's output changes little,
-    where rounding to nearest changes the weight little (GPTQ: Frantar et al., 2022, https://arxiv.org/abs/2210.17323).
-    A group's grid is searched when its first column's turn has come. hessian and drift: see column_by_column.
+def gptq(weight, hessian, bits, group, drift=None, name="a layer"):
+    """(integers, scales) of a weight (out, in), chosen so that the layer's output changes little, where rounding to
+    nearest changes the weight little (GPTQ: Frantar et al., 2022, https://arxiv.org/abs/2210.17323).
+    The scales of a group are searched when its first column's turn has come. hessian and drift: see column_by_column.
     """
-    importance, grids = hessian.diagonal().float(), []
+    importance, scales = hessian.diagonal().float(), []
     integers = torch.empty(weight.shape[::-1], dtype=torch.int8, device=weight.device)
 
     def settle(i, columns, cost):
         if i % group == 0:
-            grids.append(searched_grid(columns[i:i + group].T, importance[i:i + group], bits, group, asymmetric))
-        integers[i] = rounded(columns[i, :, None], grids[-1][0], bits, *grids[-1][1:])[:, 0]
-        return dequantized(integers[i, :, None], *grids[-1])[:, 0]
+            scales.append(searched_scales(columns[i:i + group].T, importance[i:i + group], bits, group))
+        integers[i] = rounded(columns[i, :, None], scales[-1], bits)[:, 0]
+        return dequantized(integers[i, :, None], scales[-1])[:, 0]
 
     column_by_column(weight, damped_cholesky(hessian, name), settle, drift)
-    scales, *offsets = (torch.cat(each, dim=1) for each in zip(*grids))
-    return (integers.T.contiguous(), scales, *offsets, None)[:3]
-
-
-def first_call(layer, run):
-    """The arguments with which run() first calls `layer`; run() goes no further."""
-    class Reached(Exception):
-        pass
-
-    def stop(_, args):
-        raise Reached(args)
-
-    hook = layer.register_forward_pre_hook(stop)
-    try:
-        run()
-    except Reached as reached:
-        return reached.args[0]
-    finally:
-        hook.remove()
-
-
-def start(model, batch):
-    """What the first block is called with for a batch: (x, rotary, mask, cache)."""
-    return first_call(model.model.layers[0], lambda: model.model(batch.ids, segments=batch.segments))
-
-
-def masks(model, layer, batches):
-    """The attention mask that a block is called with, for each batch."""
-    window = model.config.window(layer)
-    return [model.model.mask(batch.ids.shape[1], 0, window, batch.segments) for batch in batches]
+    return integers.T.contiguous(), torch.cat(scales, dim=1)
 
 
 # In the order of the forward pass. A model without gates has a shorter third group.
@@ -654,20 +544,32 @@ SAME_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("se
               ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 
 
-def halts(block, x, rotary, mask):
-    """A block's forward pass that halts before each group of layers in SAME_INPUT, so that they can be changed: yields
-    (their input, the residual stream that o_proj or down_proj adds to, or None), at last (the block's output, None).
+def by_group(block, x, rotary, mask):
+    """Generator over one block's forward pass, for x (B, T, C).
+
+    Before each group of linear layers in SAME_INPUT it yields (their input, the residual stream that their output is
+    added to, or None); the caller may change their weights before it resumes. The last item is (block output, None).
     """
     h = block.input_layernorm(x)
     yield h, None
-    h = first_call(block.self_attn.o_proj, lambda: block.self_attn(h, rotary, mask, None))[0]
+    h = block.self_attn.mix(h, rotary, mask)
     yield h, x
     x = x + block.self_attn.o_proj(h)
     h = block.post_attention_layernorm(x)
     yield h, None
-    h = first_call(block.mlp.down_proj, lambda: block.mlp(h))[0]
+    h = block.mlp.inner(h)
     yield h, x
     yield x + block.mlp.down_proj(h), None
+
+
+def check_groups(model, batch):
+    """Raises UserError if by_group does not compute what the blocks of this model compute."""
+    x, rotary, masks = model.model.prepare(batch.ids[:1], segments=None if batch.segments is None else batch.segments[:1])
+    block = model.model.layers[0]
+    expected, found = block(x, rotary, masks[0]), list(by_group(block, x, rotary, masks[0]))[-1][0]
+    if not (found - expected).norm() <= 1e-3 * expected.norm():
+        raise UserError("by_group in compress.py does not compute what Block.forward in model.py computes, so this "
+                        "step would calibrate another model: bring the two in line")
 
 
 def table_hessian(model, batches):
@@ -722,18 +624,18 @@ def in_order(model, todo, batches, treat, name, drifts=True):
         bar.update(len(names))
         return treat(parts, names, hessian, drift)
 
-    theirs = [start(model, batch)[0] for batch in batches]
+    check_groups(model, batches[0])
+    theirs = [model.model.prepare(batch.ids, segments=batch.segments)[0] for batch in batches]
     if "model.embed_tokens" in todo:
         read = todo["model.embed_tokens"]["kind"] == "int4"                       # int8 is rounded to nearest
         hessian = table_hessian(model, batches[:2]) if read else None
         found = treated([body.embed_tokens], ["model.embed_tokens"], hessian)
         model.replace(todo["model.embed_tokens"], found["model.embed_tokens"])
-    ours, rotaries = zip(*(start(model, batch)[:2] for batch in batches))
+    ours, rotaries, masks = zip(*(model.model.prepare(batch.ids, segments=batch.segments) for batch in batches))
     for i, block in enumerate(body.layers):
-        its_masks = masks(model, i, batches)
         dense, layers = copy.deepcopy(block) if drifts else block, {}
-        dense_flows = [halts(dense, *state) for state in zip(theirs, rotaries, its_masks)]
-        flows = [halts(block, *state) for state in zip(ours, rotaries, its_masks)]
+        dense_flows = [by_group(dense, x, rotary, mask[i]) for x, rotary, mask in zip(theirs, rotaries, masks)]
+        flows = [by_group(block, x, rotary, mask[i]) for x, rotary, mask in zip(ours, rotaries, masks)]
         for group in SAME_INPUT:
             parts = {f"model.layers.{i}.{name}": block.get_submodule(name) for name in group
                      if name != "mlp.gate_proj" or config.gated}
@@ -786,9 +688,8 @@ def gptq_model(model, entries, batches):
             return {name: LAYERS["int8"].from_dense(part) for name, part in zip(names, parts)}
         spec = {k: v for k, v in entries[0].items() if k not in ("module", "kind")}
         found = gptq(torch.cat([part.weight for part in parts]), hessian, 4, **spec, drift=drift, name=names[0])
-        found = zip(*([None] * len(rows) if t is None else t.split(rows) for t in found))
-        layers = {name: LAYERS["int4"].from_integers(integers, scales, getattr(part, "bias", None), offsets)
-                  for name, part, (integers, scales, offsets) in zip(names, parts, found)}
+        layers = {name: LAYERS["int4"].from_integers(integers, scales, getattr(part, "bias", None))
+                  for name, part, integers, scales in zip(names, parts, *(t.split(rows) for t in found))}
         for part, layer in zip(parts, layers.values()):
             part.weight = nn.Parameter(layer.dense(), requires_grad=False)
         return layers
@@ -796,111 +697,13 @@ def gptq_model(model, entries, batches):
     in_order(model, todo, batches, quantize, "gptq")
 
 
-class Rounded(torch.autograd.Function):
-    """The values that the weight (out, in) of a dense layer will have once it is rounded as `entry` says. The gradient
-    goes through as if nothing were rounded (straight-through estimator: Bengio et al., 2013)."""
-    @staticmethod
-    def forward(ctx, weight, entry):
-        spec = {k: v for k, v in entry.items() if k not in ("module", "kind")}
-        return LAYERS[entry["kind"]].from_dense(types.SimpleNamespace(weight=weight), **spec).dense()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-def rounded_weights(model, entries):
-    """{name: weight as it will be rounded}, for torch.func.functional_call; gradients reach the dense weights."""
-    return {f"{e['module']}.weight": Rounded.apply(model.get_parameter(f"{e['module']}.weight"), e) for e in entries}
-
-
-def qat_loss(teacher, entries, cfg, vocab_size):
-    """The loss for train.fit of a dense model that is to be rounded as `entries` say: distill.py's, of the rounded one.
-
-    Half is how far its distributions are from the dense teacher's, half cross-entropy with the text. On a model of the
-    standard library either alone was worse after equal steps: 1.2499 and 1.2487 bits per byte, and together 1.2461.
-    """
-    taught = distill.Distillation(teacher, teacher, (), vocab_size, cfg)
-
-    def loss_fn(model, batch):
-        weights = {f"model.{name}": weight for name, weight in rounded_weights(model, entries).items()}
-        return torch.func.functional_call(train.ModelAndLoss(model, taught), weights, (batch,))
-    return loss_fn
-
-
-def fine_tune(model, tokenizer, step, said, args, loss_of, steps, finished=lambda model: model, after_step=None,
-              **settings):
-    """(model after `steps` of train.fit on its prepared training data, what the history says of it).
-
-    loss_of(cfg, device)   the loss for train.fit
-    finished(model)        the model that this one stands for, of which evaluation shall tell
-    settings               of distill.DistillConfig
-
-    The run is args.run, with best/ and last/, and goes on from there if it is there: see `make`.
-    """
-    source, run_dir, context = calibration_data(model, tokenizer, args), Path(args.run), calibration_context(model)
-    if source.is_file():
-        raise UserError(f"--calibration {source} is a text file, and {step.method or step.name} learns from prepared "
-                        f"data: make it so with python data/prepare.py --input {source} --tokenizer {args.model} "
-                        "--name NAME")
-    rates = {**train.FINE_TUNE, **dict.fromkeys(("lr", "embed_lr", "matrix_lr"), args.lr)}
-    cfg = distill.DistillConfig(**rates, **settings, out=str(run_dir), resume=train.is_saved(run_dir / "last"),
-                                steps=steps, context=context, seed=args.seed,
-                                eval_tokens=2048 if args.smoke else 131072)
-    windows, val = (Windows(source, split, context) for split in ("train", "val"))
-    said = {**said, "data": windows.meta["name"], "data_sha256": windows.meta["sha256"], "seed": args.seed,
-            "context": context, "batch_size": cfg.batch_size, "lr": args.lr, "total": steps}
-    student = load(run_dir / "last") if cfg.resume else copy.deepcopy(model)
-    if cfg.resume and student.history[-1]["data_sha256"] != said["data_sha256"]:
-        raise UserError(f"{run_dir} was begun with other data: begin anew with --overwrite")
-    machine = train.set_up(cfg)
-    for p in student.parameters():
-        p.data = p.data.float().clone()                          # not the mapped file
-    student, loss_fn = student.to(machine.device), loss_of(cfg, machine.device)
-    batches = lambda first, count: windows.training_rows(cfg.seed, first, count)
-    machine = train.tuned(machine, cfg, student, batches, loss_fn)
-    score = train.evaluator(val, cfg, machine, tokenizer)
-    if not cfg.resume:
-        print(f"{step.name}: {score(finished(student))['bits_per_byte']:.4f} bits per byte of validation without "
-              "training", flush=True)
-    train.fit(student, batches, loss_fn, cfg, machine, evaluate=lambda student: score(finished(student)),
-              tokenizer=tokenizer, entry=said, reading=windows.per_epoch * context, after_step=after_step)
-    trained = load(run_dir / "best")
-    for p in trained.parameters():
-        p.data = p.data.clone()                                  # the file is about to be removed
-    *trained.history, said = trained.history
-    return trained, said
-
-
-def quantization_aware_training(model, tokenizer, step, entries, said, args):
-    """(dense model, what the history says of it): its weights are trained to lose little when they are rounded to
-    nearest, with the model that came in as the teacher (Liu et al., 2023, LLM-QAT, but on the model's own data).
-
-    Forward passes use the rounded weights, gradients change the dense ones, and those are what the run saves.
-    """
-    teacher = copy.deepcopy(model)
-
-    def as_rounded(student):
-        result = copy.deepcopy(student)
-        with torch.no_grad():
-            for name, weight in rounded_weights(student, entries).items():
-                result.get_parameter(name).copy_(weight)
-        return result
-
-    def loss_of(cfg, device):
-        return qat_loss(teacher.to(device), entries, cfg, tokenizer.vocab_size)
-
-    return fine_tune(model, tokenizer, step, said, args, loss_of, args.qat_steps, as_rounded, zeros_kept(model),
-                     batch_size=8, evals=2, hard_weight=0.5)
-
-
 def quantize_step(model, tokenizer, step, args):
     """int8, int4:GROUP, by the method that is written."""
     bits, group = int(step.name[3:]), int(step.value or 32)
     head_bits = args.head_bits or bits
-    entries = plan(model, bits, group, head_bits, args.asymmetric)
+    entries = layers_to_quantize(model, bits, group, head_bits)
     said = {"step": step.name, **({"group": group} if bits == 4 else {}), "method": step.method or "rtn",
-            **({"asymmetric": True} if args.asymmetric else {}), "head_bits": head_bits}
+            "head_bits": head_bits}
     if step.method == "gptq":
         batches, made_of = calibration(model, tokenizer, args)
         gptq_model(model, entries, batches)
@@ -1035,19 +838,6 @@ def sparse_step(model, tokenizer, step, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Recovery: a short training after what has cost quality
 
-def zeros_kept(model):
-    """after_step for train.fit that keeps the zeros of sparse layers zero; None if no step made any."""
-    if not any(entry["step"] == "sparse" for entry in model.history):
-        return None
-    zeros = {name: p.detach() == 0 for name, p in model.model.layers.named_parameters() if p.ndim > 1}
-
-    @torch.no_grad()
-    def after_step(model):
-        for name, zero in zeros.items():
-            p = model.model.layers.get_parameter(name)
-            p.masked_fill_(zero.to(p.device), 0)
-    return after_step
-
 
 def recover_step(model, tokenizer, step, args):
     """recover:STEPS of four windows. The loss is that of distill.py, taught by the model that entered the chain; by the
@@ -1181,133 +971,11 @@ def lowrank_step(model, tokenizer, step, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chains of steps
 
-class Form(typing.NamedTuple):
-    """How a step is written, name[:value][:method], and the function that does it."""
-    function: typing.Callable               # (model, tokenizer, step, args) -> (model, tokenizer, what history says)
-    values: tuple = ()                      # words or names in NUMBERS; one must be written if there is no default
-    default: str = ""
-    methods: tuple = ("",)                  # the first: where none is written
-
-    def written(self, name):
-        value, methods = "|".join(self.values), "|".join(filter(None, self.methods))
-        return (name + (f"[:{value}]" if self.default else f":{value}" if value else "")
-                + (f"[:{methods}]" if methods else ""))
-
-
-class Step(typing.NamedTuple):
-    name: str
-    value: str                              # as it is written: float(value) of KEEP; "" where a step has none
-    method: str
-
-
-NUMBERS = {"KEEP": (float, lambda n: 0 < n <= 1, "the share that stays, above 0 and at most 1"),
-           "STEPS": (int, lambda n: n >= 1, "a whole number, at least 1")}
-
-
-def spelled(text, value):
-    """A text that is what `value` stands for, a word or one of NUMBERS, in its one spelling; None: it is not."""
-    number, right, _ = NUMBERS.get(value, (str, lambda word: word == value, ""))
-    with contextlib.suppress(ValueError):
-        return str(number(text)) if right(number(text)) else None
-
-
-def parse(text):
-    """The Step written as name[:value][:method]. Raises UserError, also for a value the step does not have."""
-    name, *parts = text.split(":")
-    if name not in STEPS:
-        near = difflib.get_close_matches(name, STEPS, 1)
-        raise UserError(f"there is no step {name!r}" + (f"; did you mean {near[0]}?" if near else
-                                                       f"; there is {', '.join(STEPS)}"))
-    if len(parts) > 2:
-        raise UserError(f"step {text!r} has too many parts: a step is written name[:value][:method]")
-    form, (value, method) = STEPS[name], (*parts, "", "")[:2]
-    if value in form.methods and not method:                     # int4:gptq
-        value, method = "", value
-    value, method = value or form.default, method or form.methods[0]
-    right = next(filter(None, (spelled(value, v) for v in form.values)), "" if not value and not form.values else None)
-    if right is not None and method in form.methods:
-        return Step(name, right, method)
-    lacking = "has no value, and " if value.isdigit() and not form.values else ""
-    numbers = "".join(f"; {v} is {NUMBERS[v][2]}" for v in form.values if v in NUMBERS and right is None)
-    near = difflib.get_close_matches(value if right is None else method, [*form.values, *filter(None, form.methods)], 1)
-    raise UserError(f"step {text!r}: {name} {lacking}is written {form.written(name)}{numbers}"
-                    + (f"; did you mean {near[0]}?" if near else ""))
-
-
-def parse_chain(texts):
-    """The steps of a chain, in order. Raises UserError before any of them has done work."""
-    if not texts:
-        raise UserError("a chain has no step: write one such as int8, or \"width:0.5 recover:300\" in quotes")
-    steps = [parse(text) for text in texts]
-    if any(step.name == "gguf" for step in steps[:-1]):
-        raise UserError("gguf must be the last step: it writes a file for other programs, not a model directory")
-    check_order(steps)
-    return steps
-
-
-def check_order(steps, model=None):
-    """Raises UserError for a step that undoes, or cannot follow, one before it, or what was done to the model."""
-    quantized, masked = None, set()
-    if model is not None:
-        made = sorted(model.compression, key=lambda entry: ".layers." not in entry["module"])        # the head last
-        quantized = next((entry["kind"] for entry in made if entry["kind"] in QUANTIZING), None)
-        masked = {e["kind"] for e in made} & {"lowrank"} | {e["step"] for e in model.history} & {"sparse"}
-    for step in steps:
-        if quantized and step.name in QUANTIZING:
-            raise UserError(f"{step.name} comes after {quantized}, which has quantized the model already: put "
-                            "dequantize between them, or leave one out")
-        if quantized and step.name not in ("dequantize", "gguf"):
-            raise UserError(f"{step.name} comes after {quantized}, and it changes weights that are not rounded: put it "
-                            f"before {quantized}, or dequantize between them")
-        if step.name == "gguf" and quantized and step.value != GGUF_STORED[quantized]:
-            raise UserError(f"gguf:{step.value} comes after {quantized}, whose layers go unchanged into "
-                            f"gguf:{GGUF_STORED[quantized]} only: write that, or put dequantize before gguf")
-        if step.name == "gguf" and "lowrank" in masked:
-            raise UserError("gguf comes after lowrank, and other programs have no layers of two factors: leave one out")
-        if masked and step.name in (*SLICING, "lowrank"):
-            raise UserError(f"{step.name} comes after {' and '.join(sorted(masked))}, and it needs whole matrices: put "
-                            f"{step.name} first")
-        if "sparse" in masked and step.method == "gptq":
-            raise UserError("gptq comes after sparse, and it would fill the zeros: use rtn or qat, or leave out sparse")
-        quantized = step.name if step.name in QUANTIZING else None if step.name == "dequantize" else quantized
-        masked = masked | {step.name} & {"lowrank", "sparse"}
-
-
-def written(steps):
-    """A chain as a name that any file system takes: width-0.75+recover-95."""
-    parts = ((step.name, step.value if step.value != STEPS[step.name].default else "",
-              step.method if step.method != STEPS[step.name].methods[0] else "") for step in steps)
-    return "+".join("-".join(filter(None, each)) for each in parts)
-
-
-def open_stages(directory, args, more=()):
-    """Makes the directory in which `make` keeps the stages of chains, or with --resume takes what is in it.
-
-    Raises UserError if it holds something else, or stages made with other flags: those of SETTINGS and `more`.
-    """
-    note = directory / "chain.json"
-    wanted = {"model": checkpoint_hash(args.model), **{name: getattr(args, name) for name in (*SETTINGS, *more)}}
-    left = {".chain.json.new", "chain.json.new"}                 # by a kill
-    if directory.exists() and not note.exists() and (directory.is_file() or {*os.listdir(directory)} - left):
-        raise UserError(f"{directory}, where the stages of a chain are kept, holds something else: give another --out")
-    if note.exists() and args.resume:
-        begun = read_json(note)
-        for name, value in wanted.items():
-            if begun.get(name) != value:
-                raise UserError(f"{directory} was begun with {name} {begun.get(name)}, not {value}: give the same "
-                                "flags, or begin anew with --overwrite")
-        return
-    if note.exists() and not args.overwrite:
-        raise UserError(f"{directory} holds stages of a chain: go on with --resume, or begin anew with --overwrite")
-    remove_tree(directory)
-    directory.mkdir(parents=True)
-    write_json(note, wanted)
-
 
 def make(steps, args, stages, out=None):
     """(model, tokenizer) that `steps` make of args.model. Each stage is saved in directory `stages` under the name of
     the chain so far (the last in `out` if there is one), and those that are there already are not made again."""
-    places = [settle(stages / written(steps[:n]), MODEL) for n in range(1, len(steps) + 1)]
+    places = [settle(stages / chain_name(steps[:n]), MODEL) for n in range(1, len(steps) + 1)]
     done = next((n for n in range(len(places) - bool(out), 0, -1) if (places[n - 1] / "config.json").is_file()), 0)
     source = places[done - 1] if done else whole(args.model)
     parent = {} if done else {"parent": {"name": model_name(source), "sha256": checkpoint_hash(source)}}
@@ -1324,421 +992,32 @@ def make(steps, args, stages, out=None):
     return model, tokenizer
 
 
-def looks(steps):
-    """Whether a step looks at text."""
-    return trains(steps) or any(step.method in CALIBRATED or step.name == "vocab" for step in steps)
-
-
-def trains(steps):
-    return any(step.name == "recover" or step.method == "qat" for step in steps)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Measure: `--measure` compares finished models by sample.measure, on one text, and writes the report
-
-def last_training(history):
-    """The entry of the last training in a model's history; {} if it tells of none."""
-    return next((entry for entry in reversed(history) if "data_sha256" in entry), {})
-
-
-def trained_on(history, smoke, whose="the first model", instead="give --data NAME_OR_DIR (its validation split is "
-               "scored) or --text FILE"):
-    """The prepared data that a model's history names, by its hash. Raises UserError if it is not here."""
-    made = last_training(history)
-    if not made:
-        raise UserError(f"the history of {whose} does not say what it was trained on: {instead}")
-    for its_slice in (smoke, not smoke):
-        with contextlib.suppress(UserError):
-            directory = find(made["data"], its_slice)
-            if directory and read_meta(directory)["sha256"] == made["data_sha256"]:
-                return directory
-    raise UserError(f"{whose} was trained on {made['data']} of sha256 {made['data_sha256'][:12]}, and that is "
-                    f"not under data/: {instead}")
-
-
-def stream_batches(ids, context):
-    """A stream of ids (N,) in windows of `context` and the one after each, which begins the next: each id but the first
-    is predicted once. The last window is filled up with targets that are ignored."""
-    ids, rows = torch.as_tensor(np.asarray(ids, np.int64)), max(1, 8192 // context)
-    for piece in (ids[i:i + rows * context + 1] for i in range(0, len(ids) - 1, rows * context)):
-        fill = (0, -(len(piece) - 1) % context)
-        targets = F.pad(piece[1:], fill, value=IGNORE).view(-1, context)
-        yield Batch(F.pad(piece[:-1], fill).view(-1, context), targets, None)
-
-
-def reencoded(ids, theirs, ours):
-    """A stream of one tokenizer's ids, documents with an end-of-text id after each, in another's."""
-    ids, result = np.asarray(ids), []
-    for document in map(np.ndarray.tolist, np.split(ids, np.flatnonzero(ids == theirs.eos_id) + 1)):
-        ended = document[-1:] == [theirs.eos_id]
-        result += ours.encode(theirs.decode(document[:-1] if ended else document)) + [ours.eos_id] * ended
-    return result
-
-
-def scored_text(args, tokenizers, history, context):
-    """(protocol in words, {name: batches}): what is scored, for each of `tokenizers` ({name: Tokenizer}).
-
-    --text FILE is one stream of ids, without a token that begins it; --eval-tokens takes its beginning. Of a .jsonl
-    FILE the responses are scored, given their prompts, in each model's chat template. Prepared data is scored as
-    train.py does, --eval-tokens spread over the split; but where tokenizers differ the beginning of its text, or all
-    its responses, encoded by each. Raises UserError where that cannot be.
-    """
-    first, limit = next(iter(tokenizers.values())), args.eval_tokens
-    windows = f"windows of {context} tokens and the one after each"
-
-    def responses(file, flag):
-        lines = heldout.read(file, flag)
-        encoded = lambda tokenizer: [encode_example(tokenizer, line.prompt, line.response) for line in lines]
-        if limit:                                            # the same lines for all, spread: a file's parts differ
-            share = min(1.0, limit / sum(len(ids) for ids, _ in encoded(first)))
-            count = max(1, int(share * len(lines)))
-            lines = [lines[i * len(lines) // count] for i in range(count)]
-        return (f"{len(lines):,} responses of {Path(file).name} given their prompts, {windows}",
-                {name: list(Windows.of(encoded(tokenizer), context).evaluation_batches(max(1, 8192 // context)))
-                 for name, tokenizer in tokenizers.items()})
-    if args.text and args.text.endswith(".jsonl"):
-        return responses(args.text, "--text")
-    others = [name for name, tokenizer in tokenizers.items() if tokenizer.hash != first.hash]
-    if args.text:
-        data = Path(args.text).read_bytes()
-        text = sample.decoded(data, f"--text {args.text}")
-        protocol = f"{Path(args.text).name} (sha256 {hashlib.sha256(data).hexdigest()[:12]})"
-        ids = first.encode_array(text)
-        streams = {name: tokenizers[name].encode_array(text) for name in others}
-    else:
-        directory = find(args.data, args.smoke) if args.data else trained_on(history, args.smoke)
-        if directory is None:
-            raise UserError(f"--data {args.data} is not prepared yet: python data/prepare.py {args.data}")
-        split = Windows(directory, "val", context)
-        protocol = f"validation split of {split.meta['name']} (sha256 {split.meta['sha256'][:12]})"
-        if split.mask is not None and (others or split.meta["tokenizer_hash"] != first.hash):
-            return responses(directory / "val.jsonl", "--data")
-        if split.meta["tokenizer_hash"] != first.hash:
-            raise UserError(f"--data {directory.name} was prepared with another tokenizer than the first model's: "
-                            f"prepare it with data/prepare.py --tokenizer {args.measure[0]}, or give --text FILE")
-        if not others:
-            part = f", about {limit:,} tokens spread over it" if limit and limit < len(split.tokens) else ""
-            batches = list(split.evaluation_batches(max(1, 8192 // context), limit))
-            return f"{protocol}, {windows}{part}", dict.fromkeys(tokenizers, batches)
-        ids, streams = split.tokens, {}
-    if limit and limit + 1 < len(ids):
-        ids, streams, windows = ids[:limit + 1], {}, f"{windows}, the first {limit:,} tokens"
-    if len(ids) < 2:
-        raise UserError(f"--text {args.text} has {len(ids)} tokens: nothing can be predicted in it")
-    streams = {name: streams[name] if name in streams else reencoded(ids, first, tokenizers[name]) for name in others}
-    batches = {name: list(stream_batches(streams.get(name, ids), context)) for name in tokenizers}
-    return f"{protocol}, {windows}", batches
-
-
-def is_report(file):
-    """Whether results.jsonl is one that write_lines wrote."""
-    try:
-        with open(file, encoding="utf-8") as lines:
-            row = json.loads(lines.readline())
-        return isinstance(row, dict) and {"protocol", "sha256"} <= row.keys()
-    except (OSError, ValueError):
-        return False
-
-
-def check_report(args):
-    """Raises UserError if the report cannot be written to --out, or must not be."""
-    out = Path(args.out)
-    if out.is_file() or (out / "config.json").exists():
-        raise UserError(f"--out {out} is a {'file' if out.is_file() else 'model'}; the report is three files in a "
-                        "directory: give another name")
-    foreign = next((name for name in sorted(REPORT) if (out / name).exists()), None)
-    if foreign and not is_report(out / "results.jsonl"):
-        raise UserError(f"--out {out} holds {foreign}, which is not of a report that compress.py wrote: give another "
-                        "name")
-    if foreign and not args.overwrite:
-        raise UserError(f"--out {out} holds a report already: give another name or --overwrite")
-    check_writable(out)
-
-
-def ruler(directories, args, command):
-    """(protocol, rows_of): what is scored, in words, and a function of names in `directories` ({name: model directory})
-    that gives the rows of the first one there and of these, measured together."""
-    device = sample.pick_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    models = {name: load(directory) for name, directory in directories.items()}          # mapped: nothing is read yet
-    tokenizers = {name: sample.tokenizer_of(model, directories[name]) for name, model in models.items()}
-    if args.escalate and (len(models) != 2 or len({tokenizer.hash for tokenizer in tokenizers.values()}) > 1):
-        raise UserError("--escalate measures two models at work together, a small and a large one with the same "
-                        "tokenizer: compress.py --measure SMALL BIG --escalate")
-    base, files = next(iter(models)), dict(directories)
-    window = min(model.config.max_position_embeddings for model in models.values())
-    context = last_training(models[base].history).get("context", 512)
-    new_tokens = args.new_tokens or max(1, min(64, window // 4))
-    prompt = args.prompt_tokens or max(1, min(256, window - new_tokens))
-    if prompt + new_tokens > window:
-        raise UserError(f"a prompt of {prompt} tokens and {new_tokens} new ones are more than the smallest window, "
-                        f"{window}: lower --prompt-tokens or --new-tokens")
-    protocol, batches = scored_text(args, tokenizers, models[base].history, min(window, context))
-    print(f"measuring {', '.join(models)} on {device}: {protocol}", flush=True)
-
-    def rows_of(names):
-        dtype = torch.float32 if device.type == "cpu" else None                   # a CPU is slow at 16 bits
-        models = {name: load(directories[name], device, dtype) for name in (base, *names)}
-        others = {name: (batches[name], tokenizers[name].token_bytes()) for name in names
-                  if tokenizers[name].hash != tokenizers[base].hash}
-        bar = tqdm(batches[base], desc="score", disable=None, leave=False)        # silent unless on a terminal
-        rows = sample.measure(models, bar, tokenizers[base].token_bytes(), files, others, prompt, new_tokens,
-                              rounds=args.rounds)
-        files.pop(base, None)                                    # its memory is measured once
-        for row in rows:
-            history = models[row["name"]].history
-            row.update(protocol=protocol, command=command, tokenizer=tokenizers[row["name"]].hash[:16],
-                       sha256=checkpoint_hash(directories[row["name"]]), seed=seed_of(history),
-                       history=hashlib.sha256(json.dumps(history, sort_keys=True).encode()).hexdigest()[:16],
-                       python=platform.python_version(), torch=torch.__version__)
-            if any(entry["step"] == "sparse" for entry in history):
-                row["note"] = "no speed-up expected: zeros are multiplied too"
-        if args.escalate:
-            rows += sample.cascade_rows(models, rows, batches[base], tokenizers[base].token_bytes())
-        return rows
-    return protocol, rows_of
-
-
-def measure_command(args, command):
-    """--measure: prints the table and, with --out, writes results.jsonl, report.md and tradeoff.png."""
-    directories = sample.named(args.measure, "--measure")
-    if args.out:
-        check_report(args)
-    protocol, rows_of = ruler(directories, args, command)
-    rows = rows_of(list(directories)[1:])
-    text = f"{sample.table(rows)}\n\nText: {protocol}."
-    print(f"\n{text}")
-    if args.out:
-        write_report(rows, text, Path(args.out))
-
-
-def sweep_command(args, command):
-    """--sweep: makes and measures what each stage of the chains makes of the model, and writes the report. Stages and
-    rows that are there, with --resume, are neither made nor measured again."""
-    out, directory = Path(args.out), whole(args.model)
-    model, tokenizer, base = load(directory), Tokenizer.load(directory), model_name(directory)
-    chains = [parse_chain(text.split()) for text in args.sweep or (SWEEP[:1] if args.smoke else SWEEP)]
-    if args.recover_control:
-        chains += filter(None, [[step for step in chain if step.name == "recover"] for chain in chains])
-    for chain in chains:
-        if chain[-1].name == "gguf":
-            raise UserError("--sweep measures models, and gguf writes a file for other programs: leave it out")
-        check_order(chain, model)
-    check_flags(args, [step for chain in chains for step in chain])
-    args.measure = [args.model]                                  # where a text for the models is looked for
-    scored_text(args, {base: tokenizer}, model.history, calibration_context(model))      # is there one?
-    open_stages(out, args, MEASURING)
-    with told_how_to_go_on(out):
-        args.run = str(out / "model.run")
-        if any(map(looks, chains)) and calibration_data(model, tokenizer, args).is_file():
-            if any(map(trains, chains)):
-                print(f"recover and qat, and what comes after them, are left out: they learn from prepared data, and "
-                      f"--calibration {args.calibration} is a text file")
-            chains = [list(itertools.takewhile(lambda step: not trains([step]), chain)) for chain in chains]
-    shutil.rmtree(out / "model.run", ignore_errors=True)
-    stages = {written(chain[:n]): chain[:n] for chain in chains for n in range(1, len(chain) + 1)}
-    base += " before" * (base in stages)
-    before = out / "results.jsonl"
-    rows = [json.loads(line) for line in before.read_text(encoding="utf-8").splitlines()] if before.exists() else []
-    costs = {name: 100 + cost(steps[-1], args) for name, steps in stages.items()}
-    there = {row["name"] for row in rows}
-    progress = Progress(sum(c for name, c in costs.items() if name not in there))
-    directories, left_out = {base: directory}, {}
-    with told_how_to_go_on(out):
-        for name, steps in stages.items():
-            if any(name.startswith(f"{other}+") for other in left_out):
-                continue
-            if name not in there:
-                progress.next(name, costs[name] - 100)
-            try:
-                make(steps, args, out)
-                directories[name] = out / name
-            except UserError as error:                           # a family without such heads, rows without such groups
-                left_out[name] = f"- {name}, and what follows it, is left out: {error}"
-                tqdm.write(left_out[name])
-        if len(directories) == 1:
-            raise UserError(f"nothing is there to measure: {'; '.join(left_out.values()) or 'each chain trains first'}")
-        protocol, rows_of = ruler(directories, args, command)
-        rows = [row for row in rows if row["protocol"] == protocol and row["name"] in directories
-                and row["sha256"] == checkpoint_hash(directories[row["name"]])]
-        for name in [name for name in directories if name not in {row["name"] for row in rows}]:
-            if name != base:
-                progress.next(f"measuring {name}", 100)
-                first, row = rows_of([name])
-                rows = [*(rows or [first]), row]
-                write_lines(rows, out)
-    progress.bar.close()
-    order = list(directories)
-    rows.sort(key=lambda row: order.index(row["name"]))
-    text = "\n\n".join(filter(None, (sample.table(rows), f"Text: {protocol}.", step_by_step(rows),
-                                     "\n".join(left_out.values()))))
-    print(f"\n{text}")
-    write_report(rows, text, out, [written(chain) for chain in chains])
-
-
-class Progress:
-    """How far a list of jobs is, by what each of them costs: a bar on a terminal, and a line before each job."""
-    def __init__(self, total):
-        self.bar = tqdm(total=total, desc="sweep", disable=None, bar_format="{l_bar}{bar}| {elapsed}")
-        self.total, self.done, self.now, self.start = total, 0, 0, time.monotonic()
-
-    def next(self, name, cost):
-        self.done, self.now = self.done + self.now, cost
-        self.bar.update(self.done - self.bar.n)
-        left = (time.monotonic() - self.start) * (self.total / self.done - 1) / 60 if self.done else None
-        tqdm.write(f"--- {name}" + ("" if left is None else f"; about {left:.0f} minutes left"))
-
-
-def cost(step, args):
-    """About how long a step takes, in steps of training; measuring what it made takes about 100."""
-    if step.name == "recover":
-        return int(step.value)
-    return 2 * args.qat_steps if step.method == "qat" else args.calibration_windows // 2 if looks([step]) else 5
-
-
-def step_by_step(rows):
-    """What each step of the chains of several did to bits per byte, as Markdown lines."""
-    bits, lines = {row["name"]: row["bits_per_byte"] for row in rows}, []
-    for name in list(bits)[1:]:                                  # the first is what they were made of
-        if "+" in name and not any(other.startswith(name + "+") for other in bits):
-            parts = name.split("+")
-            values = [rows[0]["bits_per_byte"], *(bits["+".join(parts[:n + 1])] for n in range(len(parts)))]
-            lines.append("- " + ", ".join(f"{part} {b - a:+.4f}" for part, a, b in zip(parts, values, values[1:])))
-    return "Bits per byte, step by step:\n\n" + "\n".join(lines) if lines else ""
-
-
-def write_lines(rows, out):
-    """results.jsonl, a line a row."""
-    with replacing_file(out / "results.jsonl") as new:
-        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8",
-                       newline="\n")
-
-
-def seed_of(history):
-    """The seed of the last step that drew anything: measuring itself draws nothing."""
-    return next((entry["seed"] for entry in reversed(history) if "seed" in entry), None)
-
-
-def write_report(rows, text, out, shown=()):
-    """results.jsonl (a line a row), report.md and, where matplotlib is installed, tradeoff.png in directory `out`: of
-    all rows, or if they are too many to be told apart of those named in `shown`."""
-    drawn = [row for row in rows if len(rows) <= 15 or row is rows[0] or row["name"] in shown]
-    far = [row for row in drawn if row["bits_per_byte"] > 2 * rows[0]["bits_per_byte"]]      # they would hide the rest
-    picture = tradeoff([row for row in drawn if row not in far], out) if len(rows) > 1 else False
-    link = "\n\n![bits per byte against file size and against decoding speed](tradeoff.png)" if picture else ""
-    if picture and far:
-        link += f"\n\nNot drawn, at more than twice the baseline's bits per byte: {', '.join(r['name'] for r in far)}."
-    report = f"# {rows[0]['name']} and what was made of it\n\n{text}{link}\n\n    {rows[0]['command']}\n"
-    write_lines(rows, out)
-    with replacing_file(out / "report.md") as new:
-        new.write_text(report, encoding="utf-8", newline="\n")
-    print(f"\nwrote results.jsonl, report.md{' and tradeoff.png' if picture else ''} to {out}")
-
-
-def front(points):
-    """Of points (cost, loss), those that no other beats in both, in the order of their cost."""
-    best, result = math.inf, []
-    for cost, loss in sorted(points):
-        if loss < best:
-            best = loss
-            result.append((cost, loss))
-    return result
-
-
-def label_points(ax, points):
-    """Writes the names of `points` [(name, x, y), ...], each at the place nearest to its point that is free; a line
-    leads to one that is far."""
-    from matplotlib.transforms import Bbox
-    ax.figure.canvas.draw()
-    taken = [Bbox.from_bounds(*(ax.transData.transform((x, y)) - 7), 14, 14) for _, x, y in points]
-    taken += [ax.get_legend().get_window_extent()] if ax.get_legend() else []
-    places = [(dx, dy, "left" if dx > 0 else "right" if dx else "center") for dx, dy in
-              itertools.product(range(-78, 79, 6), range(-90, 91, 6)) if dx or abs(dy) >= 12]
-    for name, x, y in sorted(points, key=lambda point: -point[2]):
-        for dx, dy, side in sorted(places, key=lambda place: math.hypot(place[0], 1.5 * place[1] - 9)):
-            text = ax.annotate(name, (x, y), (dx, dy), textcoords="offset points", fontsize=8, ha=side, va="center")
-            box = text.get_window_extent()
-            inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and ax.bbox.y0 < box.y0 and box.y1 < ax.bbox.y1
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
-            text.remove()
-        taken.append(box)
-        if math.hypot(dx, dy) > 15:
-            ax.annotate("", (x, y), (dx, dy), textcoords="offset points", zorder=1,
-                        arrowprops=dict(arrowstyle="-", color="0.6", lw=0.6, shrinkA=0, shrinkB=0))
-
-
-def tradeoff(rows, out):
-    """Draws tradeoff.png; False if it could not. Left: bits per byte against the file's bytes, right: against decoding
-    speed. The line joins the Pareto front, the models that none beats in both."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("tradeoff.png is skipped: matplotlib is not installed")
-        return False
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True, layout="constrained")
-    low, high = (f(r["bits_per_byte"] for r in rows) for f in (min, max))
-    pad = max(0.1 * (high - low), 0.005 * high)                  # differences of less than that should look small
-    recovered = any("+recover" in row["name"] for row in rows)
-    for ax, label, cost, sign in ((axes[0], "file, MB", lambda r: r["file_bytes"] / 1e6, 1),
-                                  (axes[1], f"decode, x {rows[0]['name']}", lambda r: r["decode_x"], -1)):
-        line = front([(sign * cost(r), r["bits_per_byte"]) for r in rows])
-        ax.step([sign * x for x, _ in line], [y for _, y in line], where="post", color="0.7", zorder=1,
-                label="best for its cost")
-        ax.axhline(rows[0]["bits_per_byte"], color="tab:orange", linestyle=":", linewidth=1, zorder=0)   # to get under
-        for r in rows:
-            dense = r is rows[0]
-            ax.scatter(cost(r), r["bits_per_byte"], color="tab:orange" if dense else "tab:blue", zorder=2,
-                       marker="*" if dense else "o", s=120 if dense else 30, label="baseline" if dense else None)
-        ax.set(xlabel=label)
-        ax.set_xlim(0, 1.12 * max(map(cost, rows)))
-        ax.set_ylim(low - pad, high + pad)
-        ax.ticklabel_format(axis="y", useOffset=False)
-        ax.grid(alpha=0.3)
-    axes[0].set(ylabel="bits per byte (lower is better)", title="smaller is to the left")
-    axes[1].set(title="faster is to the right")
-    axes[1].legend(fontsize=8, title="+r: and a recovery" if recovered else None, title_fontsize=8)
-    for ax, cost in ((axes[0], lambda r: r["file_bytes"] / 1e6), (axes[1], lambda r: r["decode_x"])):
-        label_points(ax, [(re.sub(r"\+recover-\d+", "+r", r["name"]), cost(r), r["bits_per_byte"]) for r in rows])
-    with replacing_file(out / "tradeoff.png") as new:
-        fig.savefig(new, dpi=120, format="png")
-    plt.close(fig)
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 # Methods that look at windows of text
-CALIBRATED = ("activation", "pca", "influence", "allocated", "whitened", "wanda", "sparsegpt", "gptq")
-SETTINGS = ("head_bits", "asymmetric", "calibration", "calibration_windows", "qat_steps", "lr", "seed", "smoke")
-MEASURING = ("data", "text", "eval_tokens", "prompt_tokens", "new_tokens", "rounds", "threads", "device")
-SLICING, QUANTIZING = ("ffn", "heads", "width", "depth", "vocab"), ("int8", "int4")
 STEPS = {
-    **dict.fromkeys(("ffn", "heads"), Form(structured_step, ("KEEP",), methods=("activation", "magnitude"))),
-    "width": Form(structured_step, ("KEEP",), methods=("pca", "activation", "magnitude")),
-    "depth": Form(structured_step, ("KEEP",), methods=("influence",)),
-    "vocab": Form(vocab_step, ("KEEP",)),
-    "lowrank": Form(lowrank_step, ("KEEP",), methods=("allocated", "whitened", "svd")),
-    "sparse": Form(sparse_step, ("KEEP", "2of4"), methods=("sparsegpt", "wanda", "magnitude")),
-    "recover": Form(recover_step, ("STEPS",), methods=("taught", "text")),
-    "int8": Form(quantize_step, methods=("", "qat")),
-    "int4": Form(quantize_step, ("32", "64", "128"), "32", ("rtn", "gptq", "qat")),
+    **dict.fromkeys(("ffn", "heads"), Form(structured_step, ("KEEP",), methods=("activation", "magnitude"),
+                                           text=("activation",))),
+    "width": Form(structured_step, ("KEEP",), methods=("pca", "activation", "magnitude"), text=("pca", "activation")),
+    "depth": Form(structured_step, ("KEEP",), methods=("influence",), text=("influence",)),
+    "vocab": Form(vocab_step, ("KEEP",), text=("",)),
+    "lowrank": Form(lowrank_step, ("KEEP",), methods=("allocated", "whitened", "svd"), text=("allocated", "whitened")),
+    "sparse": Form(sparse_step, ("KEEP", "2of4"), methods=("sparsegpt", "wanda", "magnitude"),
+                   text=("sparsegpt", "wanda")),
+    "recover": Form(recover_step, ("STEPS",), methods=("taught", "text"), trains=("taught", "text")),
+    "int8": Form(quantize_step, methods=("", "qat"), trains=("qat",)),
+    "int4": Form(quantize_step, ("32", "64", "128"), "32", ("rtn", "gptq", "qat"), text=("gptq",), trains=("qat",)),
     "dequantize": Form(dequantize_step),
     "gguf": Form(gguf_step, GGUF_TYPES),
 }
 
 
-# What --sweep makes, with the control: the same recovery of the model itself. With --smoke the first one
-SWEEP = ("width:0.75 recover:95", "width:0.75 recover:95 int8", "width:0.75 recover:95 int4:gptq",
-         "width:0.5 recover:95", "depth:0.75 recover:95", "vocab:0.75 recover:95", "lowrank:0.8 recover:95",
-         "sparse:0.5 recover:95", "int8", "int4", "int4:gptq", "recover:95")
-
-
-def arguments(argv):
+def compress_arguments(argv):
     parser = Parser(description=__doc__)
     parser.usage = ("compress.py MODEL STEP [STEP ...] --out DIR [flags]\n"
                     "       compress.py --measure DIR [DIR ...] [--out DIR] [flags]\n"
@@ -1749,8 +1028,6 @@ def arguments(argv):
                         "it may be left out, a directory for results.jsonl, report.md and tradeoff.png")
     parser.add_argument("--head-bits", type=int, choices=(4, 8, 16), help="bits of the embedding and the output head; "
                         "16: they stay float (default: those of the step that quantizes)")
-    parser.add_argument("--asymmetric", action="store_true", help="int4: an offset for each group too, half a bit a "
-                        "weight more (default: scales alone)")
     parser.add_argument("--calibration", metavar="NAME_OR_DIR_OR_FILE", help="what steps look at: the training split "
                         "of prepared data or, for those that do not train, a text file (default: what the model was "
                         "trained on)")
@@ -1761,8 +1038,6 @@ def arguments(argv):
                         "(default: 0.001, a third of train.py's for matrices)")
     parser.add_argument("--resume", action="store_true", help="go on with a chain or a sweep that was stopped, same "
                         "flags")
-    parser.add_argument("--recover-control", action="store_true", help="say too what the recovery of the chain does to "
-                        "the model that enters it")
     parser.add_argument("--seed", type=int, default=0, help="by which windows are drawn (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     parser.add_argument("--smoke", action="store_true", help="a short run: few tokens, windows, steps and rounds")
@@ -1785,13 +1060,14 @@ def arguments(argv):
     group.add_argument("--rounds", type=int, metavar="N", default=5, help="how often each model is timed (default: 5)")
     group.add_argument("--threads", type=int, metavar="N", default=0, help="of the CPU (default: torch's choice)")
     group.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="to measure on")
+    parser.add_argument("--native", action=argparse.BooleanOptionalAction, default=True,
+                        help="kernels in C on a CPU; --no-native: PyTorch alone")
     args = parser.parse_args(argv)
     if args.measure:
         if args.model or args.head_bits or args.sweep is not None:
             raise UserError("--measure compares finished models and takes no steps: first compress.py MODEL STEP ... "
                             "--out DIR, then compress.py --measure MODEL DIR")
-        for name in ("asymmetric", "calibration", "calibration_windows", "qat_steps", "lr", "resume", "seed",
-                     "recover_control"):
+        for name in ("calibration", "calibration_windows", "qat_steps", "lr", "resume", "seed"):
             if getattr(args, name) != parser.get_default(name):
                 raise UserError(f"--{name.replace('_', '-')} belongs to a step, and --measure takes none")
     if args.escalate and not args.measure:
@@ -1822,87 +1098,20 @@ def arguments(argv):
     return args
 
 
-def check_out(out, source, is_file, overwrite):
-    """Raises UserError if --out cannot be written, or must not be."""
-    if is_file and out.is_dir():
-        raise UserError(f"--out {out} is a directory; gguf writes a file, for example {out / 'model.gguf'}")
-    if not is_file and out.is_file():
-        raise UserError(f"--out {out} is a file; a model is a directory (only gguf writes a file)")
-    if not is_file and out.is_dir():
-        if out.resolve() == source.resolve():
-            raise UserError(f"--out {out} is the model that is read: give another directory")
-        refuse_foreign(out, MODEL)
-    if is_file and out.is_file() and overwrite and out.stat().st_size:
-        with open(out, "rb") as file:
-            if file.read(4) != b"GGUF":
-                raise UserError(f"--out {out} is there and is no GGUF file: give another name")
-    if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out {out} is there already: give another name or --overwrite")
-    check_writable(out)
-
-
-def is_made(out, steps, source):
-    """Whether the model in `out` is what `steps` made of the one in `source`."""
-    history = read_config(out)["history"] if (out / "config.json").is_file() else []
-    made = history[-len(steps):]
-    return ([entry.get("step") for entry in made] == [step.name for step in steps]
-            and made[0].get("parent", {}).get("sha256") == checkpoint_hash(source))
-
-
-def check_writable(out):
-    """Raises UserError if nothing can be written beside `out`: before the work, not after it."""
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "nothing may be written there" if parent.is_dir() else "Not a directory"
-        raise UserError(f"--out {out} cannot be written: {parent}: {why}")
-
-
-def check_flags(args, steps):
-    """Raises UserError for a flag that no step of the chain reads, or whose value cannot be. --smoke lowers them."""
-    training = "that trains: recover, int4:qat or int8:qat"
-    methods, names = {step.method for step in steps}, {step.name for step in steps}
-    for flag, value, needs, there in (
-            ("head-bits", args.head_bits, "that quantizes: int8 or int4", names & {*QUANTIZING}),
-            ("asymmetric", args.asymmetric, "of 4 bits: int4", "int4" in names or args.head_bits == 4),
-            ("calibration", args.calibration, "that looks at text: int4:gptq, sparse, lowrank, width, recover, ...",
-             looks(steps)),
-            ("calibration-windows", args.calibration_windows != 128, "that calibrates: int4:gptq, sparse, lowrank, "
-             "width, ...", methods & {*CALIBRATED}),
-            ("qat-steps", args.qat_steps != 300, "that trains: int4:qat or int8:qat", "qat" in methods),
-            ("lr", args.lr != 1e-3, training, trains(steps)),
-            ("resume", args.resume, f"{training}, or several steps",
-             looks(steps) or len(steps) > 1 or args.sweep is not None),
-            ("recover-control", args.recover_control, "of recovery: recover", "recover" in names)):
-        if value and not there:
-            raise UserError(f"--{flag} needs a step {needs}")
-    for name, least in (("calibration_windows", 1), ("qat_steps", 1), ("lr", 0), ("seed", 0)):
-        if not least <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
-    if args.asymmetric and "sparse" in names:
-        raise UserError("--asymmetric fills the zeros of sparse with its offsets: leave one of them out")
-    kept = steps[-1].name == "gguf" and "dequantize" not in names
-    if args.asymmetric and kept and steps[-1].value in GGUF_STORED.values():
-        raise UserError(f"gguf:{steps[-1].value} has no offsets: leave out --asymmetric, or put dequantize before gguf "
-                        "and write gguf:f16")
-    if args.smoke:
-        args.calibration_windows, args.qat_steps = min(8, args.calibration_windows), min(6, args.qat_steps)
-
-
 def main(argv=None):
-    args = arguments(argv)
+    args = compress_arguments(argv)
     command = "python compress.py " + shlex.join(sys.argv[1:] if argv is None else argv)
-    if args.measure:
-        return measure_command(args, command)
-    if args.sweep is not None:
-        return sweep_command(args, command)
-    steps = parse_chain(args.steps)                             # all that can be refused is refused before any work
+    if args.measure or args.sweep is not None:
+        from data import measure                                # here, as measure imports this script
+        return (measure.measure_command if args.measure else measure.sweep_command)(args, command)
+    steps = parse_chain(args.steps, STEPS)                             # all that can be refused is refused before any work
     out = Path(args.out) if Path(args.out).name else Path(args.out).resolve()      # "." has no name to write beside
     args.out, directory, to_file = str(out), whole(args.model), steps[-1].name == "gguf"
-    stages, kept = out.with_name(out.name + ".stages"), len(steps) > 1 or looks(steps)
+    stages, kept = out.with_name(out.name + ".stages"), len(steps) > 1 or needs_text(steps)
     if args.resume and is_made(out, steps, directory):           # a kill left the stages beside it
         remove_tree(stages)
         return print(f"{out} is made already, by this chain from this model")
-    check_out(out, directory, to_file, args.overwrite)
+    check_chain_out(out, directory, to_file, args.overwrite)
     check_flags(args, steps)
     check_order(steps, load(directory))
     if to_file:
@@ -1910,15 +1119,7 @@ def main(argv=None):
     if kept:
         open_stages(stages, args)
     with told_how_to_go_on(stages):
-        if args.recover_control:                                # more training and no compression
-            control, _ = make([step for step in steps if step.name == "recover"], args, stages)
         model, _ = make(steps, args, stages, out)
-    if args.recover_control:
-        its, ours = ([entry["val_bits_per_byte"] for entry in m.history if entry["step"] == "recover"][-1]
-                     for m in (control, model))
-        print(f"control: the same training takes the model that entered the chain to {its:.4f} bits per byte of "
-              f"validation, and what was made of it to {ours:.4f}")
-        del control                                             # its tensors may be mapped from the stages
     if not to_file:
         parameters, resident = model.parameters_count(), model.resident_bytes()
         print(f"{out}: {parameters:,} parameters; {(out / 'model.safetensors').stat().st_size / 1e6:,.1f} MB on disk, "
@@ -1926,21 +1127,6 @@ def main(argv=None):
     del model
     if kept:
         remove_tree(stages)
-
-
-@contextlib.contextmanager
-def told_how_to_go_on(stages):
-    """Ctrl-C and a step that fails say where the finished stages are; before the first one they leave nothing."""
-    try:
-        yield
-    except BaseException:
-        inside = {file.name for file in stages.glob("*")}
-        if inside > {"chain.json"}:
-            print(f"\nwhat is finished is in {stages}: the same command with --resume goes on from there",
-                  file=sys.stderr)
-        if inside == {"chain.json"}:
-            shutil.rmtree(stages)
-        raise
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@
 OUT is the student's run as train.py keeps one, OUT/control that of the control: the same student trained by
 cross-entropy alone for the same time, the teacher's included. report.md, .json and .png compare them with the teacher.
 """
-import collections, copy, dataclasses, itertools, json, math, time
+import collections, copy, dataclasses, itertools, json, math, time, types
 from pathlib import Path
 
 import data  # noqa: F401 - first, so that Ctrl-C is quiet while torch is imported
@@ -23,12 +23,20 @@ from torch import nn
 from tqdm import tqdm
 
 import sample, train
-from data import LABELS, UserError, refuse_foreign, replacing, replacing_file, run, sync, write_json
-from data.loader import IGNORE, Batch, Windows
+from data import UserError
+from data.checkpoints import checkpoint_hash, model_name, tokenizer_of, whole
+from data.console import numbers, run
+from data.files import LABELS, refuse_foreign, replacing, replacing_file, sync, write_json
+from data.hub import read_config
+from data.labels import Cache, Taught, read_header
+from data.loader import IGNORE, Windows
+from data.machine import accelerate, all_sum, in_dtype, one_voice, say, set_up, synchronize, to_device
 from data.prepare import prepare
+from data.runs import check_out, history_entry, is_saved, open_data, read_state, remove, resumed
+from data.schedule import plan
+from data.sources import calibration_context, calibration_data
 from data.tokenizer import Tokenizer
-from data.values import check_values
-from model import Transformer, checkpoint_hash, load, model_name, placed, read_config, read_json, whole
+from model import LAYERS, Transformer, load
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,7 +66,6 @@ class DistillConfig(train.TrainConfig):
     on_policy: float = 0.0          # share of rows that the student writes itself and the teacher scores (GKD)
     cache: bool = False             # run the teacher once, keep sampled labels, learn from those
     cache_dir: str = ""             # where they are kept or found; "": OUT/cache
-    cache_labels: str = "sampled"   # sampled (unbiased) or topk (biased, for comparison)
     passes: float = 2.0             # how often a run reads each cached token, unless --pool says how many there are
     pool: int = 0                   # learn from this many training tokens only; 0: all, with --cache by --passes
     from_samples: int = 0           # let the teacher write this many tokens, and train a fresh student on that text
@@ -72,13 +79,12 @@ LIMITS = dict(hard_weight=(0, 1), on_policy=(0, 1), beta=(0.001, 0.999), tempera
               passes=(0.01, 1e6), **dict.fromkeys(("hidden_weight", "attention_weight", "pool", "from_samples",
                                                    "student_layers", "student_width", "student_heads", "student_ffn"),
                                                   (0, 1e15)))
-CHOICES = dict(loss=("forward", "reverse", "jsd"), init=("teacher-layers", "random"), hidden=("", "cosine", "mse"),
-               cache_labels=("sampled", "topk"))
+CHOICES = dict(loss=("forward", "reverse", "jsd"), init=("teacher-layers", "random"), hidden=("", "cosine", "mse"))
 
 
-def check(cfg):
+def check_distillation(cfg):
     """Raises UserError for settings that cannot be, or not together."""
-    train.check(cfg)
+    train.check_training(cfg)
     flag = lambda name: "--" + name.replace("_", "-")
     wrong = [] if cfg.teacher else ["which teacher? python distill.py TEACHER_DIR --out DIR"]
     wrong += [f"{flag(n)} must be one of {', '.join(o)}" for n, o in CHOICES.items() if getattr(cfg, n) not in o]
@@ -104,26 +110,40 @@ def check(cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
+def forward_kl(log_p, log_q, beta):
+    """KL(p || q), p the teacher's: the student covers all that the teacher does (Hinton et al., 2015)."""
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def reverse_kl(log_p, log_q, beta):
+    """KL(q || p): the student avoids what the teacher does not do (MiniLLM: Gu et al., 2023)."""
+    return (log_q.exp() * (log_q - log_p)).sum(1)
+
+
+def generalized_jsd(log_p, log_q, beta):
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD: Agarwal et al., 2023).
+
+    Near beta 0 it is beta times the forward KL, near 1 it is 1 - beta times the reverse KL.
+    """
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * forward_kl(log_p, log_m, beta) + (1 - beta) * forward_kl(log_q, log_m, beta)
+
+
+# A new loss is a function of log-probabilities (N, V) that gives (N,), and its name here.
+DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jsd": generalized_jsd}
+
+
 def divergence(student, teacher, loss="forward", beta=0.5, temperature=1.0):
     """(D (N,), dD / d student (N, V)) between the distributions of float32 logits (N, V); D is never negative.
 
-    forward  KL(p || q), p the teacher's (Hinton et al., 2015)        reverse  KL(q || p) (MiniLLM: Gu et al., 2023)
-    jsd      beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD: Agarwal et al., 2023); near beta 0
-             it is beta times forward, near 1 it is 1 - beta times reverse
     With a temperature T, logits are divided by T and D is multiplied by T^2, which keeps the size of the gradient.
     """
-    log_q, log_p = (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
-    q = log_q.exp()
-    if loss == "forward":
-        p = log_p.exp()
-        d, grad = (p * (log_p - log_q)).sum(1), q - p
-    else:
-        m = log_p if loss == "reverse" else torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-        beta = 0.0 if loss == "reverse" else beta
-        ratio = (1 - beta) * (log_q - m)
-        own = (q * ratio).sum(1)                      # the teacher's part has no gradient beyond what this one has
-        d, grad = own + (beta * (log_p.exp() * (log_p - m)).sum(1) if beta else 0), q * (ratio - own[:, None])
-    return temperature ** 2 * d.clamp(min=0), temperature * grad
+    with torch.enable_grad():
+        logits = student.detach().requires_grad_()
+        log_q, log_p = (logits / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
+        d = temperature ** 2 * DIVERGENCES[loss](log_p, log_q, beta)
+        grad, = torch.autograd.grad(d.sum(), logits)
+    return d.detach().clamp(min=0), grad
 
 
 def sparse_targets(ids, weights, metrics):
@@ -160,9 +180,7 @@ def dense_targets(targets, hard, soft, teacher_logits, vocab_size, cfg, metrics)
 def attention_map(attention, x, rotary, mask):
     """The log of a layer's attention weights (B, H, T, T) for the input x (B, T, C) it had: the fused kernel of the
     forward pass keeps none."""
-    B, T, _ = x.shape
-    q = placed(attention.q_proj(x).view(B, T, -1, attention.head_dim), attention.q_norm, rotary)       # (B, H, T, D)
-    k = placed(attention.k_proj(x).view(B, T, -1, attention.head_dim), attention.k_norm, rotary)       # (B, K, T, D)
+    T, (q, k) = x.shape[1], attention.queries_keys(x, rotary)            # (B, H, T, D), (B, K, T, D)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q @ k.mT).float() * attention.head_dim ** -0.5                                           # (B, H, T, T)
     seen = torch.ones(T, T, dtype=torch.bool, device=x.device).tril() if mask is None else mask
@@ -199,7 +217,7 @@ class Distillation(nn.Module):
         @torch.no_grad()
         def timed(answer):
             start, result = time.perf_counter(), answer()
-            train.synchronize(x.device)
+            synchronize(x.device)
             self.teacher_seconds += time.perf_counter() - start
             return result
         y = timed(lambda: teacher(batch.ids, segments=batch.segments, head=False, hidden=theirs).flatten(0, 1))
@@ -248,7 +266,6 @@ class Exits(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # A cached teacher, and rows that the student writes
 
-Taught = collections.namedtuple("Taught", (*Batch._fields, "labels", "weights", "sampled"), defaults=(None,) * 3)
 BYTES_A_TOKEN = 40
 
 
@@ -275,17 +292,10 @@ def systematic(probs, draws, generator=None):
     return keys % V, counts, torch.bincount(keys // V, minlength=R)
 
 
-def top_k(probs, k):
-    """The same for the k likeliest ids, in 255ths of their sum. It cuts the tail, so it is biased."""
-    values, ids = probs.topk(k)
-    counts = (255 * values / values.sum(1, keepdim=True)).round().clamp(min=1)
-    return ids.flatten(), counts.flatten(), torch.full((len(probs),), k, device=probs.device)
-
-
 def teacher_probs(teacher, batch, machine, vocab_size):
     """The teacher's distributions (R, vocab_size) at the learned positions of a batch, in pieces."""
-    batch = train.to_device(batch, machine.device)
-    with torch.no_grad(), train.in_dtype(machine):
+    batch = to_device(batch, machine.device)
+    with torch.no_grad(), in_dtype(machine):
         x = teacher(batch.ids, segments=batch.segments, head=False)[batch.targets != IGNORE]
         for h in x.split(max(1, 2 ** 21 // vocab_size)):
             yield teacher.lm_head(h)[:, :vocab_size].float().softmax(1)
@@ -310,8 +320,6 @@ def make_cache(directory, teacher, windows, header, cfg, machine, vocab_size):
     draws = []
 
     def label(probs):
-        if cfg.cache_labels == "topk":
-            return top_k(probs, int((BYTES_A_TOKEN - 2) / 3))
         draws.append(draws_that_fit(probs))
         return systematic(probs, draws[-1], random)
     with replacing(directory, LABELS) as new:
@@ -337,63 +345,6 @@ def make_cache(directory, teacher, windows, header, cfg, machine, vocab_size):
         sync(new / "header.json")
 
 
-HEADER = {**dict.fromkeys(("teacher", "tokenizer", "data", "labels", "id_type"), (str,)), "format": (int,),
-          "context": (int, 1, 2 ** 24), "windows": (int, 1, 2 ** 40), "seed": (int, 0, 2 ** 63), "draws": (int, 0, 255),
-          "tokens": (int, 0, 2 ** 48), **dict.fromkeys(("bytes_per_token", "seconds"), (float, 0, 1e9))}
-
-
-def read_header(directory):
-    """header.json of a cache, a dict. Raises UserError if a field is missing or cannot be."""
-    path = Path(directory) / "header.json"
-    header = read_json(path)
-    try:
-        check_values(header, HEADER, path, needed=HEADER)
-        if header["id_type"] not in ("uint16", "uint32"):
-            raise UserError(f"{path}: id_type is {header['id_type']!r}; it must be uint16 or uint32")
-    except UserError as error:
-        raise UserError(f"{error}: delete the cache and it is made again") from None
-    return header
-
-
-class Cache:
-    """Labels that make_cache wrote, memory-mapped. Raises UserError if they are not what `wanted` says, or not whole,
-    or if one is not below `vocab_size` (None: not looked at)."""
-    def __init__(self, directory, wanted, vocab_size=None):
-        self.header = read_header(directory)
-        if stale := [n for n, value in wanted.items() if self.header.get(n) != value]:
-            raise UserError(f"the cache in {directory} is stale: its {stale[0]} is {self.header.get(stale[0])!r}, this "
-                            f"run's {wanted[stale[0]]!r}; delete it, or give another --cache-dir")
-        n, T, labels = self.header["windows"], self.header["context"], lambda: int(self.offsets[-1])
-        for name, dtype, size in (("offsets", "int64", lambda: n + 1), ("counts", "uint8", labels),
-                                  ("ids", self.header["id_type"], labels), ("lengths", "uint8", lambda: n * T)):
-            file = Path(directory) / f"{name}.bin"
-            if not file.is_file() or not file.stat().st_size == size() * np.dtype(dtype).itemsize > 0:
-                raise UserError(f"the cache in {directory} is cut short ({file.name}): delete it and it is made again")
-            setattr(self, name, np.memmap(file, dtype, "r"))
-        blocks = range(0, n, max(1, 2 ** 24 // T))                           # of windows: the files may not fit memory
-        sums = [self.lengths[i * T:(i + blocks.step) * T].reshape(-1, T).sum(1, dtype=np.int64) for i in blocks]
-        most = max(int(self.ids[i:i + 2 ** 24].max()) for i in range(0, len(self.ids), 2 ** 24))
-        if (self.offsets[0] or (np.diff(self.offsets) != np.concatenate(sums)).any()
-                or vocab_size is not None and most >= vocab_size):
-            raise UserError(f"the cache in {directory} holds labels that cannot be: delete it and it is made again")
-
-    def rows(self, windows, seed, first, count, hard_weight):
-        """Rows first ... first + count - 1 of the training stream with labels and their weights (count, T, M)."""
-        batches, T = [], windows.context
-        ids, weights, most = np.zeros((count, T, 256), np.int64), np.zeros((count, T, 256), np.float32), 0
-        for i, n in enumerate(range(first, first + count)):
-            batches.append(windows.training_rows(seed, n, 1))
-            w = windows._epoch[1][n % windows.per_epoch]                     # which window row n is
-            lengths, (a, b) = self.lengths[w * T:(w + 1) * T].astype(np.int64), self.offsets[w:w + 2]
-            column = 1 + np.arange(b - a) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            where = i, np.repeat(np.arange(T), lengths), column
-            ids[where], weights[where], most = self.ids[a:b], self.counts[a:b], max(most, lengths.max())
-        batch = Batch(*(None if t[0] is None else torch.cat(t) for t in zip(*batches)))
-        weights *= (1 - hard_weight) / np.maximum(weights.sum(2, keepdims=True), 1)
-        ids[:, :, 0], weights[:, :, 0] = batch.targets.clamp(min=0), hard_weight * (batch.targets != IGNORE)
-        return Taught(*batch, *(torch.from_numpy(a[:, :, :most + 1].copy()) for a in (ids, weights)))
-
-
 def label_seconds(teacher, windows, machine, vocab_size):
     """What a position costs to be labelled, measured on 16 windows."""
     probe, start = next(narrowed(windows, 16, 2).evaluation_batches(16)), time.perf_counter()
@@ -412,15 +363,15 @@ def open_cache(cfg, teacher, its_hash, windows, tokenizer, machine, timed):
     if not cfg.pool and not there:
         a_token = label_seconds(teacher, windows, machine, tokenizer.vocab_size)
         reads = cfg.steps * size or 60 * cfg.minutes / (timed() / size + a_token / cfg.passes)
-        cfg.pool = int(train.all_sum(machine, torch.tensor(float(reads))) / machine.size / cfg.passes)
+        cfg.pool = int(all_sum(machine, torch.tensor(float(reads))) / machine.size / cfg.passes)
     pool = narrowed(windows, there.get("windows") or cfg.pool // cfg.context, there.get("seed", cfg.seed))
     wanted = dict(format=2, teacher=its_hash, tokenizer=tokenizer.hash[:16], data=windows.meta["sha256"],
-                  context=cfg.context, windows=pool.per_epoch, labels=cfg.cache_labels)
+                  context=cfg.context, windows=pool.per_epoch, labels="sampled")
     if not there and machine.rank == 0:
         make_cache(directory, teacher, pool, {**wanted, "seed": cfg.seed}, cfg, machine, tokenizer.vocab_size)
-    train.all_sum(machine, torch.zeros(()))                                  # the other processes wait for it
+    all_sum(machine, torch.zeros(()))                                  # the other processes wait for it
     cache = Cache(directory, wanted, tokenizer.vocab_size)
-    train.say(machine, "cache: {tokens:,} tokens, on average {draws} draws and {bytes_per_token} bytes each; the "
+    say(machine, "cache: {tokens:,} tokens, on average {draws} draws and {bytes_per_token} bytes each; the "
               "teacher took {seconds:.0f} s".format(**cache.header))
     return cache, pool
 
@@ -438,7 +389,7 @@ def on_policy_rows(batch, first, student, tokenizer, cfg, machine):
             continue
         inside = segments is None or targets[row, 0] != IGNORE               # of a text, or of a long answer
         n = T // 4 if inside else int((targets[row] != IGNORE).float().argmax()) + 1
-        with train.in_dtype(machine):
+        with in_dtype(machine):
             new = sample.generate(student, ids[row:row + 1, :n], T + 1 - n, stop, tokenizer.vocab_size, random)
             text = torch.tensor(ids[row, :n].tolist() + [int(i) for i in new])
         end = len(text) - 1                                                  # the last token is a target only
@@ -485,7 +436,7 @@ def make_student(cfg, given, teacher, tokenizer, machine):
     if cfg.student:
         cfg.init_from = cfg.student
         begun = dataclasses.replace(cfg, resume=False)
-        student = train.open_model(begun, given, tokenizer, machine)
+        student = train.model_to_train(begun, given, tokenizer, machine)
         cfg.context = begun.context                                          # its window may be shorter
     n = student.config.num_hidden_layers if student else cfg.student_layers or cfg.layer_map.count(",") + 1 \
         if cfg.student_layers or cfg.layer_map else default_layers(teacher)
@@ -520,13 +471,6 @@ def make_student(cfg, given, teacher, tokenizer, machine):
     return student.to(machine.device).train(), layers
 
 
-def numbers(text, flag, first, last):
-    """The whole numbers of "0,2,5". Raises UserError if one is not in first ... last."""
-    if not all(n.strip().isdigit() and first <= int(n) <= last for n in text.split(",")):
-        raise UserError(f"{flag} {text} must be whole numbers from {first} to {last}, written like 0,2,5")
-    return [int(n) for n in text.split(",")]
-
-
 def write_samples(cfg, teacher, its_tokenizer, windows, tokenizer):
     """Lets the teacher write cfg.from_samples tokens, each text from 16 of the data on, and prepares them as
     OUT/samples with the data's tokenizer: the way from one tokenizer to another (Kim and Rush, 2016)."""
@@ -557,6 +501,14 @@ def write_samples(cfg, teacher, its_tokenizer, windows, tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # The proof
 
+def open_samples(cfg, teacher, its_tokenizer, windows, tokenizer, machine):
+    """The Windows of --from-samples, which the first process lets the teacher write, unless the run goes on."""
+    if machine.rank == 0 and not cfg.resume:
+        write_samples(cfg, teacher, its_tokenizer, windows, tokenizer)
+    all_sum(machine, torch.zeros(()))                            # the others wait for it
+    return Windows(Path(cfg.out) / "samples", "train", cfg.context)
+
+
 def step_seconds(model, batches, loss_fn, cfg, machine):
     """Median seconds of a step of train.fit. Model and loss are then what they were before."""
     alone = dataclasses.replace(cfg, batch_size=cfg.batch_size // machine.size)
@@ -564,72 +516,120 @@ def step_seconds(model, batches, loss_fn, cfg, machine):
     return float(np.median(train.timed_steps(model, batches, loss_fn, alone, machines, seconds=0, rounds=4)[""]))
 
 
-COLUMNS = (("parameters", "parameters", "{:,}"), ("bits per byte", "bits_per_byte", "{:.4f}"),
-           ("perplexity", "perplexity", "{:.2f}"), ("quality kept", "quality_kept", "{:.1%}"),
-           ("gap closed", "gap_closed", "{:.0%}"), ("same top token", "agreement", "{:.1%}"),
-           ("decode", "decode_x", "{:.2f} x"), ("prefill", "prefill_x", "{:.2f} x"), ("time", "seconds", "{:.0f} s"),
-           ("of it teacher", "teacher_seconds", "{:.0f} s"))
+# ---------------------------------------------------------------------------------------------------------------------
+# Training a compressed model: recovery, and quantization-aware
+
+class Rounded(torch.autograd.Function):
+    """The values that the weight (out, in) of a dense layer will have once it is rounded as `entry` says. The gradient
+    goes through as if nothing were rounded (straight-through estimator: Bengio et al., 2013)."""
+    @staticmethod
+    def forward(ctx, weight, entry):
+        spec = {k: v for k, v in entry.items() if k not in ("module", "kind")}
+        return LAYERS[entry["kind"]].from_dense(types.SimpleNamespace(weight=weight), **spec).dense()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
-def report(cfg, machine, models, val, tokenizer, cached):
-    """Measures `models` ({name: model}; "teacher" first, if it can be compared) on the same text, and writes
-    report.json, report.md and report.png. `cached`: seconds that making the cache took."""
-    out, window = Path(cfg.out), min(m.config.max_position_embeddings for m in models.values())
-    with train.in_dtype(machine):
-        rows = sample.compare(models, val.evaluation_batches(max(1, 8192 // cfg.context), cfg.eval_tokens),
-                              tokenizer.token_bytes())
-        speeds = sample.speed({n: m for n, m in models.items() if n != "control"}, window // 2, max(1, window // 4))
-    base, states = next(iter(rows.values()))["bits_per_byte"], {"student": train.read_state(out)}
-    if "control" in models:
-        states["control"] = train.read_state(out / "control")
-    for name, row in rows.items():
-        its = speeds["student" if name == "control" else name]               # they have one shape
-        row.update({k: v for k, v in its.items() if not k.endswith("_rounds")},
-                   parameters=models[name].parameters_count(), quality_kept=base / row["bits_per_byte"])
-    for name, state in states.items():
-        rows[name]["seconds"] = state["seconds"] + cached * (name == "student")
-        rows[name]["teacher_seconds"] = float(state["loss"].get("teacher_seconds", 0)) + cached * (name == "student")
-    ours, lines = rows["student"], ["| model | " + " | ".join(head for head, _, _ in COLUMNS) + " |",
-                                    "|---" * (len(COLUMNS) + 1) + "|"]
-    if "control" in rows:
-        control = rows["control"]["bits_per_byte"]
-        if control > 1.01 * base:                     # of less there is nothing to close
-            ours["gap_closed"] = (control - ours["bits_per_byte"]) / (control - base)
-    lines += ["| " + " | ".join([name, *(form.format(row[key]) if key in row else "" for _, key, form in COLUMNS)])
-              + " |" for name, row in rows.items()]
-    if ours["bits_per_byte"] < base and not cfg.exits:
-        lines += ["", f"Warning: at {base:.4f} bits per byte the teacher is worse than the student, at "
-                      f"{ours['bits_per_byte']:.4f}: train the teacher longer."]
-    if "control" in rows:
-        won = control - ours["bits_per_byte"]
-        lines += ["", f"The teacher was worth its cost: {won:.4f} bits per byte below the control." if won > 0 else
-                      f"The teacher was not worth its cost: {-won:.4f} bits per byte above the control."]
-    with replacing_file(out / "report.md") as new:
-        new.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(out / "report.json", {"models": rows, "config": dataclasses.asdict(cfg)})
-    print("\n" + "\n".join(lines))
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("report.png is skipped: matplotlib is not installed")
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, where, later, color in (("teacher", whole(cfg.teacher).parent, 0, "0.6"),
-                                      ("student", out, cached, "tab:blue"),
-                                      ("control", out / "control", 0, "tab:orange")):
-        points = [(later + line["seconds"], line["val_bits_per_byte"]) for line in train.read_log(where / "log.jsonl")
-                  if "val_bits_per_byte" in line] if name in rows else []
-        if points:
-            ax.plot(*zip(*points), "o-", color=color, label=f"{name}: {rows[name]['bits_per_byte']:.3f}")
-        elif name in rows:
-            ax.axhline(rows[name]["bits_per_byte"], color=color, label=f"{name}: {rows[name]['bits_per_byte']:.3f}")
-    ax.set(xlabel="seconds of training, evaluation and teacher", ylabel="validation, bits per byte", title=out.name)
-    ax.legend()
-    ax.grid(alpha=0.3)
-    with replacing_file(out / "report.png") as new:
-        fig.savefig(new, dpi=120, format="png")
-    plt.close(fig)
+def rounded_weights(model, entries):
+    """{name: weight as it will be rounded}, for torch.func.functional_call; gradients reach the dense weights."""
+    return {f"{e['module']}.weight": Rounded.apply(model.get_parameter(f"{e['module']}.weight"), e) for e in entries}
+
+
+def qat_loss(teacher, entries, cfg, vocab_size):
+    """The loss for train.fit of a dense model that is to be rounded as `entries` say: py's, of the rounded one.
+
+    Half is how far its distributions are from the dense teacher's, half cross-entropy with the text. On a model of the
+    standard library either alone was worse after equal steps: 1.2499 and 1.2487 bits per byte, and together 1.2461.
+    """
+    taught = Distillation(teacher, teacher, (), vocab_size, cfg)
+
+    def loss_fn(model, batch):
+        weights = {f"model.{name}": weight for name, weight in rounded_weights(model, entries).items()}
+        return torch.func.functional_call(train.ModelAndLoss(model, taught), weights, (batch,))
+    return loss_fn
+
+
+def fine_tune(model, tokenizer, step, said, args, loss_of, steps, finished=lambda model: model, after_step=None,
+              **settings):
+    """(model after `steps` of train.fit on its prepared training data, what the history says of it).
+
+    loss_of(cfg, device)   the loss for train.fit
+    finished(model)        the model that this one stands for, of which evaluation shall tell
+    settings               of DistillConfig
+
+    The run is args.run, with best/ and last/, and goes on from there if it is there: see `make`.
+    """
+    source, run_dir, context = calibration_data(model, tokenizer, args), Path(args.run), calibration_context(model)
+    if source.is_file():
+        raise UserError(f"--calibration {source} is a text file, and {step.method or step.name} learns from prepared "
+                        f"data: make it so with python data/prepare.py --input {source} --tokenizer {args.model} "
+                        "--name NAME")
+    rates = {**train.FINE_TUNE, **dict.fromkeys(("lr", "embed_lr", "matrix_lr"), args.lr)}
+    cfg = DistillConfig(**rates, **settings, out=str(run_dir), resume=is_saved(run_dir / "last"),
+                        steps=steps, context=context, seed=args.seed, native=args.native,
+                        eval_tokens=2048 if args.smoke else 131072)
+    windows, val = (Windows(source, split, context) for split in ("train", "val"))
+    said = {**said, "data": windows.meta["name"], "data_sha256": windows.meta["sha256"], "seed": args.seed,
+            "context": context, "batch_size": cfg.batch_size, "lr": args.lr, "total": steps}
+    student = load(run_dir / "last") if cfg.resume else copy.deepcopy(model)
+    if cfg.resume and student.history[-1]["data_sha256"] != said["data_sha256"]:
+        raise UserError(f"{run_dir} was begun with other data: begin anew with --overwrite")
+    machine = set_up(cfg)
+    for p in student.parameters():
+        p.data = p.data.float().clone()                          # not the mapped file
+    student, loss_fn = student.to(machine.device), loss_of(cfg, machine.device)
+    batches = lambda first, count: windows.training_rows(cfg.seed, first, count)
+    machine = train.tuned(machine, cfg, student, batches, loss_fn)
+    score = train.evaluator(val, cfg, machine, tokenizer)
+    if not cfg.resume:
+        print(f"{step.name}: {score(finished(student))['bits_per_byte']:.4f} bits per byte of validation without "
+              "training", flush=True)
+    train.fit(student, batches, loss_fn, cfg, machine, evaluate=lambda student: score(finished(student)),
+              tokenizer=tokenizer, entry=said, reading=windows.per_epoch * context, after_step=after_step)
+    trained = load(run_dir / "best")
+    for p in trained.parameters():
+        p.data = p.data.clone()                                  # the file is about to be removed
+    *trained.history, said = trained.history
+    return trained, said
+
+
+def quantization_aware_training(model, tokenizer, step, entries, said, args):
+    """(dense model, what the history says of it): its weights are trained to lose little when they are rounded to
+    nearest, with the model that came in as the teacher (Liu et al., 2023, LLM-QAT, but on the model's own data).
+
+    Forward passes use the rounded weights, gradients change the dense ones, and those are what the run saves.
+    """
+    teacher = copy.deepcopy(model)
+
+    def as_rounded(student):
+        result = copy.deepcopy(student)
+        with torch.no_grad():
+            for name, weight in rounded_weights(student, entries).items():
+                result.get_parameter(name).copy_(weight)
+        return result
+
+    def loss_of(cfg, device):
+        return qat_loss(teacher.to(device), entries, cfg, tokenizer.vocab_size)
+
+    return fine_tune(model, tokenizer, step, said, args, loss_of, args.qat_steps, as_rounded, zeros_kept(model),
+                     batch_size=8, evals=2, hard_weight=0.5)
+
+
+def zeros_kept(model):
+    """after_step for train.fit that keeps the zeros of sparse layers zero; None if no step made any."""
+    if not any(entry["step"] == "sparse" for entry in model.history):
+        return None
+    zeros = {name: p.detach() == 0 for name, p in model.model.layers.named_parameters() if p.ndim > 1}
+
+    @torch.no_grad()
+    def after_step(model):
+        for name, zero in zeros.items():
+            p = model.model.layers.get_parameter(name)
+            p.masked_fill_(zero.to(p.device), 0)
+    return after_step
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -642,15 +642,15 @@ def settings(argv):
     if cfg.exits:                                     # all its weights go on from where they are: small steps
         cfg = dataclasses.replace(cfg, **{k: v for k, v in train.FINE_TUNE.items() if k not in given})
     out = Path(cfg.out)
-    train.check_out(cfg)
+    check_out(cfg)
     if cfg.resume:
-        stored = train.read_state(out)["config"]
+        stored = read_state(out)["config"]
         for name in OWN & given - {"control", "teacher", "cache_dir"}:
             if getattr(cfg, name) != stored.get(name):
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but the run in {out} has "
                                 f"{stored.get(name)}: leave it out, or give another --out")
-        cfg = train.resumed(cfg, given)
-    check(cfg)
+        cfg = resumed(cfg, given)
+    check_distillation(cfg)
     for name in ("teacher", "student"):
         if getattr(cfg, name) and whole(getattr(cfg, name)).resolve().parent == out.resolve():
             raise UserError(f"the {name} is the run that --out {out} would replace: give another --out")
@@ -661,69 +661,101 @@ def settings(argv):
     return cfg, given
 
 
-@train.one_voice()
-def main(argv=None):
-    cfg, given = settings(argv)
-    out, teacher_dir, machine = Path(cfg.out), whole(cfg.teacher), train.set_up(cfg)
-    its_hash = checkpoint_hash(teacher_dir)
-    torch.manual_seed(cfg.seed)                                              # of learned projections
-    teacher = load(teacher_dir, machine.device, machine.dtype if machine.device.type == "cuda" else torch.float32)
-    teacher.requires_grad_(False)
-    total, window = teacher.config.num_hidden_layers, teacher.config.max_position_embeddings
-    exits = numbers(cfg.exits, "--exits", 1, total - 1) if cfg.exits else []
+def open_teacher(cfg, given, machine):
+    """(teacher, its tokenizer, {"name", "sha256"} of it). Raises UserError if --context is more than its window."""
+    directory = whole(cfg.teacher)
+    teacher = load(directory, machine.device, machine.dtype if machine.device.type == "cuda" else torch.float32)
+    accelerate(teacher, cfg.native).requires_grad_(False)
+    window = teacher.config.max_position_embeddings
     if cfg.context > window and "context" in given:
         raise UserError(f"--context {cfg.context} is more than the teacher's window of {window}")
     cfg.context = min(cfg.context, window)
-    its_tokenizer, directory = sample.tokenizer_of(teacher, teacher_dir), train.open_data(cfg, given, machine)
-    tokenizer = Tokenizer.load(directory)
-    if tokenizer.hash != its_tokenizer.hash and not cfg.from_samples:
-        raise UserError(f"the teacher in {teacher_dir} has another tokenizer than the data {cfg.data}: prepare that "
-                        f"with data/prepare.py --tokenizer {teacher_dir}, or let the teacher write text for a student "
-                        "with the data's tokenizer: --from-samples TOKENS")
-    if exits:
+    return teacher, tokenizer_of(teacher, directory), {"name": model_name(directory), "sha256": checkpoint_hash(directory)}
+
+
+def open_student(cfg, given, teacher, tokenizer, machine, exits):
+    """(student, the teacher's layer for each of the student's, a copy to train as control, or None)."""
+    if exits:                                                    # the teacher itself learns to speak after some layers
         layers, cfg.init_from = [], cfg.teacher
-        student = train.open_model(cfg, given, tokenizer, machine)
+        student = train.model_to_train(cfg, given, tokenizer, machine)
     else:
         student, layers = make_student(cfg, given, teacher, tokenizer, machine)
-    fresh = copy.deepcopy(student) if cfg.control else None                  # where the control starts too
+    fresh = copy.deepcopy(student) if cfg.control else None
     if cfg.resume:
-        student = train.open_model(cfg, given, tokenizer, machine)
+        student = train.model_to_train(cfg, given, tokenizer, machine)
     student.exits = exits
-    windows, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
-    entry = train.history_entry(cfg, windows.meta, tokenizer, student)
-    if cfg.resume and entry.get("teacher", {}).get("sha256") != its_hash:
-        raise UserError(f"the teacher in {teacher_dir} is not the one that the run in {out} began with")
-    if not cfg.resume:
-        entry.update(step="exits" if exits else "distill", loss=cfg.loss, hard_weight=cfg.hard_weight, cache=cfg.cache,
-                     teacher={"name": model_name(teacher_dir), "sha256": its_hash})
-    ours, its, c = student.parameters_count(), teacher.parameters_count(), student.config
+    return student, layers, fresh
+
+
+def say_sizes(cfg, machine, teacher, student, layers):
+    """Prints the sizes of teacher and student, and the speed to expect."""
+    ours, theirs, c = student.parameters_count(), teacher.parameters_count(), student.config
     taken = layers and cfg.init != "random" and not (cfg.student or cfg.from_samples)
     start = f", from {', '.join(map(str, layers))}" if taken else ""
-    train.say(machine, f"teacher: {its:,} parameters, {total} layers of width {teacher.config.hidden_size}; student: "
-              f"{ours:,} ({ours / its:.0%}), {c.num_hidden_layers} layers of width {c.hidden_size}{start}; expect "
-              f"decode at {teacher.matmul_parameters() / student.matmul_parameters():.2f} x the speed, prefill at "
-              f"{teacher.flops_per_token(cfg.context) / student.flops_per_token(cfg.context):.2f} x")
-    if ours > its:
-        train.say(machine, f"warning: the student ({ours:,} parameters) is larger than its teacher ({its:,})")
-    eval_tokens = min(max(cfg.eval_tokens, cfg.context) if cfg.eval_tokens else math.inf, len(val.tokens))
+    say(machine, f"teacher: {theirs:,} parameters, {teacher.config.num_hidden_layers} layers of width "
+        f"{teacher.config.hidden_size}; student: {ours:,} ({ours / theirs:.0%}), {c.num_hidden_layers} layers of width "
+        f"{c.hidden_size}{start}; expect decode at "
+        f"{teacher.matmul_parameters() / student.matmul_parameters():.2f} x the speed, prefill at "
+        f"{teacher.flops_per_token(cfg.context) / student.flops_per_token(cfg.context):.2f} x")
+    if ours > theirs:
+        say(machine, f"warning: the student ({ours:,} parameters) is larger than its teacher ({theirs:,})")
+
+
+def plan_both(cfg, entry, machine, student, ways, eval_cost, cached):
+    """Sets the steps of student and control, so that both take the same time, the teacher's included.
+
+    ways: (batches, loss) of the student, and of the control. Step times are measured in turns: both schedules end
+    decayed, and a slow moment of the machine favours none.
+    """
+    turns = torch.tensor([[step_seconds(student, *way, cfg, machine) for way in ways] for _ in range(3)])
+    slow, fast = (all_sum(machine, turns).mean(0) / machine.size).tolist()
+    cfg.steps = (cfg.steps or (read_state(cfg.out)["total"] if cfg.resume else 0)
+                 or plan(0, 0, 0.0, slow, eval_cost, cfg, machine))
+    cfg.control_steps = max(1, round((cfg.steps * slow + cached) / fast))
+    entry["step_ms"] = [round(1000 * slow, 1), round(1000 * fast, 1)]
+    say(machine, f"{cfg.steps:,} steps of {1000 * slow:.0f} ms; as long, the cache included, takes the control: "
+        f"{cfg.control_steps:,} of {1000 * fast:.0f} ms")
+
+
+@one_voice()
+def main(argv=None):
+    cfg, given = settings(argv)
+    out, machine = Path(cfg.out), set_up(cfg)
+    torch.manual_seed(cfg.seed)                                  # of learned projections
+    teacher, teacher_tokenizer, teacher_entry = open_teacher(cfg, given, machine)
+    exits = numbers(cfg.exits, "--exits", 1, teacher.config.num_hidden_layers - 1) if cfg.exits else []
+    directory = open_data(cfg, given, machine)
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.hash != teacher_tokenizer.hash and not cfg.from_samples:
+        raise UserError(f"the teacher in {cfg.teacher} has another tokenizer than the data {cfg.data}: prepare that "
+                        f"with data/prepare.py --tokenizer {cfg.teacher}, or let the teacher write text for a student "
+                        "with the data's tokenizer: --from-samples TOKENS")
+    student, layers, fresh = open_student(cfg, given, teacher, tokenizer, machine, exits)
+    windows, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
+    entry = history_entry(cfg, windows.meta, tokenizer, student)
+    if cfg.resume and entry.get("teacher", {}).get("sha256") != teacher_entry["sha256"]:
+        raise UserError(f"the teacher in {cfg.teacher} is not the one that the run in {out} began with")
+    if not cfg.resume:
+        entry.update(step="exits" if exits else "distill", loss=cfg.loss, hard_weight=cfg.hard_weight, cache=cfg.cache,
+                     teacher=teacher_entry)
+    say_sizes(cfg, machine, teacher, student, layers)
+
     plain = batches = lambda first, count: windows.training_rows(cfg.seed, first, count)
-    seconds = lambda *what: step_seconds(student, *what, cfg, machine)
-    cached = 0.0
     if cfg.from_samples:
-        if machine.rank == 0 and not cfg.resume:
-            write_samples(cfg, teacher, its_tokenizer, windows, tokenizer)
-        train.all_sum(machine, torch.zeros(()))                              # the others wait for it
-        windows, loss_fn = Windows(out / "samples", "train", cfg.context), train.cross_entropy
+        windows, loss_fn = open_samples(cfg, teacher, teacher_tokenizer, windows, tokenizer, machine), train.cross_entropy
+    elif exits:
+        loss_fn = Exits(exits, tokenizer.vocab_size, cfg)
     else:
-        loss_fn = Exits(exits, tokenizer.vocab_size, cfg) if exits else \
-            Distillation(teacher, student, layers, tokenizer.vocab_size, cfg).to(machine.device)
+        loss_fn = Distillation(teacher, student, layers, tokenizer.vocab_size, cfg).to(machine.device)
     # With a cache the teacher has no part in a step.
     machine = train.tuned(machine, cfg, student, plain, train.cross_entropy if cfg.cache else loss_fn)
+    eval_tokens = min(max(cfg.eval_tokens, cfg.context) if cfg.eval_tokens else math.inf, len(val.tokens))
     common = dict(evaluate=train.evaluator(val, cfg, machine, tokenizer), tokenizer=tokenizer,
                   eval_cost=eval_tokens / cfg.batch_size / cfg.context / 3, reading=windows.per_epoch * cfg.context)
+    cached = 0.0                                                 # seconds that the teacher took beforehand
     if cfg.cache:
-        cache, pool = open_cache(cfg, teacher, its_hash, windows, tokenizer, machine,
-                                 lambda: seconds(plain, train.cross_entropy))
+        cache, pool = open_cache(cfg, teacher, teacher_entry["sha256"], windows, tokenizer, machine,
+                                 lambda: step_seconds(student, plain, train.cross_entropy, cfg, machine))
         batches, cached = lambda first, count: cache.rows(pool, cfg.seed, first, count, cfg.hard_weight), \
             cache.header["seconds"]
         cfg.minutes -= 0 if cfg.resume else min(cached / 60, 0.9 * cfg.minutes)
@@ -734,33 +766,34 @@ def main(argv=None):
     if cfg.on_policy:
         batches = lambda first, count: on_policy_rows(text(first, count), first, student, tokenizer, cfg, machine)
     if cfg.control and not cfg.control_steps:
-        # Both numbers of steps are set now, from step times measured in turns: both schedules end decayed, and a slow
-        # moment of the machine favours none.
-        turns = torch.tensor([(seconds(batches, loss_fn), seconds(plain, train.cross_entropy)) for _ in range(3)])
-        slow, fast = (train.all_sum(machine, turns).mean(0) / machine.size).tolist()
-        cfg.steps = cfg.steps or (train.read_state(out)["total"] if cfg.resume else 0) or \
-            train.plan(0, 0, 0.0, slow, common["eval_cost"], cfg, machine)
-        cfg.control_steps = max(1, round((cfg.steps * slow + cached) / fast))
-        entry["step_ms"] = [round(1000 * slow, 1), round(1000 * fast, 1)]
-        train.say(machine, f"{cfg.steps:,} steps of {1000 * slow:.0f} ms; as long, the cache included, takes the "
-                  f"control: {cfg.control_steps:,} of {1000 * fast:.0f} ms")
+        plan_both(cfg, entry, machine, student, ((batches, loss_fn), (plain, train.cross_entropy)), common["eval_cost"],
+                  cached)
+
     train.fit(student, batches, loss_fn, cfg, machine, entry=entry, **common)
     if cfg.overwrite and not (cfg.resume or cfg.control) and machine.rank == 0:
-        train.remove(out / "control")                                        # of the run that this one has replaced
+        remove(out / "control")                                  # of the run that this one has replaced
     if cfg.control:
-        begun = train.is_saved(out / "control" / "last")
+        begun = is_saved(out / "control" / "last")
         other = dataclasses.replace(cfg, out=str(out / "control"), steps=cfg.control_steps, resume=cfg.resume and begun)
-        train.say(machine, "the control: the same student, by cross-entropy alone")
-        control = train.open_model(other, given, tokenizer, machine) if other.resume else fresh
+        say(machine, "the control: the same student, by cross-entropy alone")
+        control = train.model_to_train(other, given, tokenizer, machine) if other.resume else fresh
         train.fit(control, plain, train.cross_entropy, other, machine, entry={**entry, "step": "control"}, **common)
     if machine.rank == 0:
-        models = {} if cfg.from_samples else {"teacher": teacher}
-        models["student"] = student = load(out, machine.device)
-        models.update({"control": load(out / "control", machine.device)} if cfg.control else {})
-        models.update({f"exit after {e}": sample.first_layers(student, e) for e in exits})
-        report(cfg, machine, models, val, tokenizer, cached)
+        compare_all(cfg, machine, teacher, exits, val, tokenizer, cached)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def compare_all(cfg, machine, teacher, exits, val, tokenizer, cached):
+    """Measures teacher, student, control and exits on the same text, and writes the report."""
+    from data.measure import report                              # here, as measure imports the scripts
+    out = Path(cfg.out)
+    models = {} if cfg.from_samples else {"teacher": teacher}
+    models["student"] = student = accelerate(load(out, machine.device), cfg.native)
+    if cfg.control:
+        models["control"] = accelerate(load(out / "control", machine.device), cfg.native)
+    models.update({f"exit after {e}": sample.first_layers(student, e) for e in exits})
+    report(cfg, machine, models, val, tokenizer, cached)
 
 
 if __name__ == "__main__":

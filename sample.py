@@ -12,17 +12,19 @@
 
 Text goes to standard output as it is made; what was chosen and how fast it went goes to standard error.
 """
-import array, codecs, collections, contextlib, copy, ctypes, dataclasses, functools, json, math, os, re, statistics
-import string, subprocess, sys, time
+import argparse, codecs, collections, contextlib, copy, dataclasses, functools, json, math
+import statistics, sys, time
 from pathlib import Path
 
 import data  # noqa: F401 - first, so that Ctrl-C is quiet while torch is imported
 import torch
 import torch.nn.functional as F
 
-from data import Parser, UserError, replacing_file, run
-from data.tokenizer import Tokenizer
-from model import KVCache, QuantLinear, kernels, load, model_name, set_threads, whole
+from data import UserError
+from data.checkpoints import model_name, tokenizer_of, whole
+from data.console import Parser, decoded, run
+from data.machine import accelerate, how_quantized_layers_run, is_accelerated, pick_device, threads_for, threads_of
+from model import KVCache, load
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,7 +369,7 @@ def cascade(small, big, ids, max_new_tokens, margin, stop=(), vocab_size=None, g
             return
 
 
-def pieces(tokenizer, ids, stop=()):
+def readable_pieces(tokenizer, ids, stop=()):
     """Text of a stream of ids, piece by piece: a character split over tokens is held back until it is whole."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for i in ids:
@@ -386,7 +388,7 @@ def speak(tokenizer, ids, said=None):
         for i in ids:
             last[:] = [i]
             yield i
-    for text in pieces(tokenizer, noted(), tokenizer.eos_ids):
+    for text in readable_pieces(tokenizer, noted(), tokenizer.eos_ids):
         print(text, end="", flush=True)
         if said is not None:
             said.append(text)
@@ -405,594 +407,18 @@ def continuations(model, tokenizer, prompt, samples=1, seed=None, write=generate
                  **options)
 
 
-class Threads:
-    """The number of threads of a CPU with which steps, of training or a token each, are fastest now: while another
-    program holds a core, two threads that wait for each other are slower than one alone.
-
-    options  numbers to choose from, the largest first; a single one is never changed
-    A trial runs the next steps with each option in turn. There is one when steps take twice as long as before, and now
-    and then where fewer threads than the most are used.
-    """
-    STEPS, SECONDS, SLOW, AGAIN, MOST = 6, 0.005, 2.0, 60.0, 240.0   # of a trial; slower by; seconds between two trials
-
-    def __init__(self, options, count=0):
-        self.options, self.count = options, count if count in options else options[0]
-        self.usual, self.wait, self.recent = math.inf, self.AGAIN, collections.deque(maxlen=20)
-        self.trial, self.why, self.ended = None, "", time.perf_counter()
-
-    def use(self, count):
-        self.count = count
-        set_threads(count)
-
-    def start_trial(self, why=""):
-        """Begins one, unless there is nothing to choose. why: the beginning of the sentence at its end, or "": it ends
-        silently."""
-        if len(self.options) > 1:
-            self.why, self.before, self.trial = why, self.count, {n: [] for n in self.options}
-            self.use(self.options[0])
-
-    def note(self, seconds):
-        """Notes how long a step took, and says with how many threads the next is made. Returns a sentence, or ""."""
-        if self.trial is not None:
-            return self.tried(seconds)
-        self.recent.append(seconds)
-        if len(self.options) == 1 or len(self.recent) < self.recent.maxlen:
-            return ""
-        mean = statistics.fmean(self.recent)
-        self.usual = min(self.usual, mean)
-        if mean > self.SLOW * self.usual:
-            self.start_trial(f"{mean / self.usual:.1f} x slower than before, as if another program were busy")
-        elif self.count < self.options[0] and time.perf_counter() - self.ended > self.wait:
-            self.start_trial()
-        return ""
-
-    def tried(self, seconds):
-        """`note` during a trial; the first step with another number of threads is not counted."""
-        times = self.trial[self.count]
-        times.append(seconds)
-        if len(times) < self.STEPS or sum(times[1:]) < self.SECONDS:
-            return ""
-        rest = self.options[self.options.index(self.count) + 1:]
-        if rest:
-            self.use(rest[0])
-            return ""
-        means = {n: statistics.fmean(times[1:]) for n, times in self.trial.items()}
-        self.use(min(means, key=means.get))
-        self.wait = self.AGAIN if self.count != self.before else min(2 * self.wait, self.MOST)
-        self.usual, self.trial, self.ended = means[self.count], None, time.perf_counter()
-        self.recent.clear()
-        return f"{self.why}: {threads_of(self.count)} from now on" if self.why else ""
-
-    def following(self, stream):
-        """The items of an iterator, each a step. The first time there is a trial at once."""
-        start = None
-        if math.isinf(self.usual):
-            self.start_trial()
-        for item in stream:
-            if start is not None:                                # the first item waits for the prompt to be read
-                self.note(time.perf_counter() - start)
-            yield item
-            start = time.perf_counter()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Measure: the one ruler. What a smaller model costs and gains beside the one it was made from
-
-@torch.inference_mode()
-def compare(models, batches, token_bytes):
-    """How well each of `models` ({name: model}, the first is the baseline) predicts the same tokens, and how far it is
-    from the baseline there: {name: `figures` and
-
-    kl           mean over tokens of KL(baseline || model) in nats; kl_p999: what 99.9 % of the tokens do not exceed
-    agreement    share of tokens where both find the same id the likeliest}
-
-    The models share a tokenizer; rows of padding ids may differ, so distances are between the distributions over the
-    len(token_bytes) real ids. Never holds more than 2^21 logits of a model.
-    """
-    device, ids = next(next(iter(models.values())).parameters()).device, len(token_bytes)
-    token_bytes = torch.as_tensor(token_bytes, device=device)
-    rows = max(1, 2 ** 21 // max(m.config.vocab_size for m in models.values()))
-    # Numbers, not tensors: small tensors that are kept pin the memory of the logits that were freed beside them.
-    nats, same = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0)
-    divergence = {name: array.array("f") for name in models}
-    tokens = n_bytes = 0
-    for batch in batches:
-        batch = type(batch)(*(None if t is None else t.to(device) for t in batch))
-        learned = batch.targets >= 0
-        targets = batch.targets[learned]                                                             # (N,)
-        tokens, n_bytes = tokens + len(targets), n_bytes + int(token_bytes[targets].sum())
-        hidden = {n: m(batch.ids, segments=batch.segments, head=False)[learned] for n, m in models.items()}  # (N, C)
-        for i in range(0, len(targets), rows):
-            base = None
-            for name, model in models.items():
-                logits = model.lm_head(hidden[name][i:i + rows]).float()                             # (rows, V)
-                nats[name] += float(F.cross_entropy(logits, targets[i:i + rows], reduction="sum"))
-                logp = logits[:, :ids].log_softmax(-1)
-                base = logp if base is None else base
-                divergence[name].extend((base.exp() * (base - logp)).sum(-1).tolist())
-                same[name] += int((logp.argmax(-1) == base.argmax(-1)).sum())
-    result = {}
-    for name in models:
-        kl = torch.frombuffer(divergence[name], dtype=torch.float32) if tokens else torch.zeros(1)
-        result[name] = {**figures(nats[name], tokens, n_bytes), "kl": float(kl.double().mean()),
-                        "kl_p999": float(kl.kthvalue(math.ceil(0.999 * len(kl))).values),
-                        "agreement": same[name] / max(1, tokens)}
-    return result
-
-
-def speed(models, prompt_tokens=256, new_tokens=64, batch_size=1, rounds=5, clock=time.perf_counter, prompt=None,
-          writers=None):
-    """How fast each of `models` ({name: model}, the first is the baseline) goes through `generate`, or what `writers`
-    ({name: function}) has instead, likeliest token first, as a user's text does: {name: {...}}. It continues `prompt`,
-    ids (B, T), or random ones, as no kernel here is faster for one text than for another. The models take turns,
-    `rounds` times after one turn to warm up, so that a slow moment of the machine meets all. Medians over the rounds;
-    *_x are medians of each round's ratio to the baseline's.
-
-    prefill_tokens_per_s    batch_size x prompt_tokens over the time to the first new token
-    decode_tokens_per_s     batch_size x new_tokens over the time from there to the last; prefill has no part in it
-    first_token_ms, token_p50_ms, token_p95_ms     the wait for the first token, and for each later one
-    joules_per_token        of decoding, all the device drew in that time; None without a counter we may read
-    prefill_rounds, decode_rounds                  tokens/s of each round, in order
-
-    Raises UserError if prompt and new tokens exceed a window: what a full window costs is another question.
-    """
-    for name, model in models.items():
-        window = model.config.max_position_embeddings
-        if prompt_tokens + new_tokens > window:
-            raise UserError(f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than {name}'s window of "
-                            f"{window}: lower one of the two")
-    taken = {name: [] for name in models}
-    for i in range(1 + rounds):
-        for name, model in models.items():
-            ids = random_ids(model, batch_size, prompt_tokens) if prompt is None else prompt
-            turn = one_turn((writers or {}).get(name, functools.partial(generate, model)), ids, new_tokens, clock)
-            if i:
-                taken[name].append(turn)
-    result, median = {}, statistics.median
-    for name, turns in taken.items():
-        waits = sorted(wait for turn in turns for wait in turn.waits)
-        rates = {"prefill": [batch_size * prompt_tokens / turn.first for turn in turns],
-                 "decode": [batch_size * new_tokens / sum(turn.waits) for turn in turns]}
-        joules = None if None in [turn.joules for turn in turns] else sum(turn.joules for turn in turns)
-        row = {"first_token_ms": 1000 * median(turn.first for turn in turns), "token_p50_ms": 1000 * median(waits),
-               "token_p95_ms": 1000 * waits[math.ceil(0.95 * len(waits)) - 1],
-               "joules_per_token": None if joules is None else joules / (rounds * batch_size * new_tokens)}
-        for phase, values in rates.items():
-            row.update({f"{phase}_tokens_per_s": median(values), f"{phase}_rounds": values})
-            base = next(iter(result.values()), row)[f"{phase}_rounds"]
-            row[f"{phase}_x"] = median(mine / its for mine, its in zip(values, base))
-        result[name] = row
-    return result
-
-
-Turn = collections.namedtuple("Turn", "first waits joules")      # seconds to the first token; to each later one, [...]
-
-
-def random_ids(model, *shape):
-    ids = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    return ids.to(next(model.parameters()).device)
-
-
-def one_turn(write, prompt, new_tokens, clock):
-    """The Turn of one prompt, ids (B, T), continued by `write`."""
-    counters = energy_counters(prompt.device)
-    stamps, start = [clock()], None
-    for new in write(prompt, new_tokens + 1, temperature=0):
-        new.tolist()                                             # as a reader needs it: the device must have finished
-        stamps.append(clock())
-        if start is None:
-            start = [read() for read, _, _ in counters]
-    used = [(read() - before) % wraps for (read, wraps, _), before in zip(counters, start)]
-    long_enough = stamps[-1] - stamps[1] >= max((seconds for _, _, seconds in counters), default=math.inf)
-    return Turn(stamps[1] - stamps[0], [b - a for a, b in zip(stamps[1:], stamps[2:])],
-                sum(used) if long_enough else None)
-
-
-@functools.lru_cache
-def energy_counters(device):
-    """What counts the energy of a device, [(function that gives joules so far, joules at which it wraps, seconds below
-    which it is too coarse), ...]; [] where there is none, or only root may read it. CPU: RAPL, whole packages (Linux).
-    CUDA: NVML, the whole GPU; it moves every 0.1 s (https://docs.nvidia.com/deploy/nvml-api)."""
-    try:
-        if device.type == "cuda":
-            nvml = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1")
-            handle, joules = ctypes.c_void_p(), ctypes.c_ulonglong()
-            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-
-            def read():
-                if nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(joules)):
-                    raise OSError("NVML has no energy counter for this GPU")
-                return joules.value / 1000
-            if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)):
-                return []
-            read()
-            return [(read, math.inf, 1.0)]
-        zones = [z for z in Path("/sys/class/powercap").glob("intel-rapl:*") if device.type == "cpu"
-                 and (z / "name").read_text().startswith("package")]                     # AMD's are under that name too
-        for zone in zones:
-            (zone / "energy_uj").read_text()                                             # may we?
-        return [(lambda z=z: int((z / "energy_uj").read_text()) / 1e6,
-                 int((z / "max_energy_range_uj").read_text()) / 1e6, 0.1) for z in zones]
-    except (OSError, AttributeError, ValueError):
-        return []
-
-
-def memory_peak(device):
-    """The most memory of this process so far, in bytes: its resident set (CPU), or what torch allocated (CUDA). None
-    where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "cpu" and sys.platform == "darwin":
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with contextlib.suppress(OSError):                           # not ru_maxrss: on Linux a child inherits its parent's
-        status = Path("/proc/self/status").read_text() if device.type == "cpu" else ""
-        return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), None)
-
-
-def peak_alone(directory, model, prompt_tokens=256, new_tokens=64):
-    """(peak bytes, of which were there before the model was loaded) of a fresh process that loads a directory as
-    `model` was, device and dtype, and generates once: in one process the models would share one high-water mark.
-    (None, None) if that failed or cannot be known."""
-    settings = (str(Path(directory).resolve()), str(next(model.parameters()).device), str(model.dtype)[6:],
-                torch.get_num_threads(), prompt_tokens, new_tokens)
-    code = f"import sample; print(sample.generate_alone(*{settings!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent, capture_output=True,
-                          text=True, encoding="utf-8")
-    try:
-        before, peak = json.loads(done.stdout.splitlines()[-1])
-        return peak, before
-    except (IndexError, ValueError):
-        return None, None
-
-
-def generate_alone(directory, device, dtype, threads, prompt_tokens, new_tokens):
-    """In the process that peak_alone starts: JSON of [bytes before, bytes at the most]."""
-    torch.set_num_threads(threads)
-    device = torch.device(device)
-    before = memory_peak(device)
-    model = load(directory, device, getattr(torch, dtype), finite=False)       # to look would count as its memory
-    one_turn(functools.partial(generate, model), random_ids(model, 1, prompt_tokens), new_tokens,
-             time.perf_counter)
-    return json.dumps([before, memory_peak(device)])
-
-
-def how_quantized_layers_run(model):
-    """Text: the arithmetic behind the figures of a model with quantized layers; None: it has none."""
-    if not any(isinstance(m, QuantLinear) for m in model.modules()):
-        return None
-    on_cpu = next(model.parameters()).device.type == "cpu" and model.dtype == torch.float32
-    return kernels()[1] if on_cpu else f"weights dequantized to {str(model.dtype)[6:]} at each use"
-
-
-def measure(models, batches, token_bytes, directories=None, other_text=None, prompt_tokens=256, new_tokens=64,
-            rounds=5):
-    """The rows of every table of this project: one dict a model, size, quality and speed of the same loaded object.
-
-    models        {name: model}, on their device; the first is the baseline the others are compared with
-    batches, token_bytes     what is scored, see `score`
-    directories   {name: where it was loaded from}, for the figures of files and of a process of its own
-    other_text    {name: (batches, token_bytes)}: the same text for a model with another tokenizer than the baseline's,
-                  of which only bits per byte can be compared. Its kl, kl_p999 and agreement are None
-
-    A row holds name, `figures`, what `compare` and `speed` give, and
-    parameters, resident_bytes, bits_per_weight     see Transformer; tied weights once, scales included
-    file_bytes    of model.safetensors, or its shards; the tokenizer comes on top, the same for all
-    peak_bytes, empty_bytes    most memory of a fresh process that loads this model and generates, and what of it Python
-                  and torch have without any (see peak_alone)
-    device, dtype, threads, quantized_layers (how they multiply), prompt_tokens, new_tokens, batch_size, rounds
-    None stands for what could not be measured, never for an estimate.
-    """
-    directories, other_text = directories or {}, other_text or {}
-    training = {name: model.training for name, model in models.items()}
-    for model in models.values():
-        model.eval()
-    speeds, rows = speed(models, prompt_tokens, new_tokens, rounds=rounds), []
-    quality = compare({n: m for n, m in models.items() if n not in other_text}, batches, token_bytes)
-    for name, (its_batches, its_bytes) in other_text.items():
-        alone = compare({name: models[name]}, its_batches, its_bytes)[name]
-        quality[name] = {**alone, "kl": None, "kl_p999": None, "agreement": None}
-    for name, model in models.items():
-        parameters, resident, where = model.parameters_count(), model.resident_bytes(), directories.get(name)
-        files = whole(where).glob("*.safetensors") if where else ()
-        peak, empty = peak_alone(where, model, prompt_tokens, new_tokens) if where else (None, None)
-        device = next(model.parameters()).device
-        rows.append({"name": name, "parameters": parameters,
-                     "file_bytes": sum(f.stat().st_size for f in files) or None, "resident_bytes": resident,
-                     "bits_per_weight": 8 * resident / parameters, "peak_bytes": peak, "empty_bytes": empty,
-                     **quality[name], **speeds[name],
-                     "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-                     "dtype": str(model.dtype)[6:], "threads": torch.get_num_threads(),
-                     "quantized_layers": how_quantized_layers_run(model), "prompt_tokens": prompt_tokens,
-                     "new_tokens": new_tokens, "batch_size": 1, "rounds": rounds})
-        model.train(training[name])
-    return rows
-
-
-def leads(model, batch):
-    """`lead` at each position of a batch, (B, T); infinite where there is nothing to be predicted."""
-    return at_positions(model, batch, lambda logits, targets: lead(logits).where(targets >= 0, math.inf))
-
-
-def margin_for(share, sure):
-    """The margin by which `cascade` hands over this share (0 to 1) of tokens, whose leads are `sure`."""
-    found = sure[sure < math.inf].sort().values
-    return float(found[min(int(share * len(found)), len(found) - 1)])
-
-
-def cascade_curve(small, big, batches, token_bytes, shares):
-    """What `cascade` makes of a text if it hands over a share of its tokens: for each of `shares` a dict, `figures` and
-
-    share, margin     handed over, and the margin that does it
-    big_reads         share of the tokens that the big model reads: in each window up to the last one handed over. A
-                      cascade saves passes of the big model, and thus time, but hardly any multiplications
-    multiplications   per token: matrices of the small model, and those of the big one for what it reads
-    """
-    device, token_bytes = next(small.parameters()).device, torch.as_tensor(token_bytes)
-    kept = [array.array(code) for code in "fffq"]                # numbers, not tensors: see `compare`
-    for batch in batches:
-        batch = type(batch)(*(None if t is None else t.to(device) for t in batch))
-        for numbers, t in zip(kept, (leads(small, batch), token_losses(small, batch), token_losses(big, batch),
-                                     batch.targets)):
-            numbers.extend(t.flatten().tolist())
-    sure, nats, its, targets = (                                 # (windows, T) each
-        torch.frombuffer(numbers, dtype=kind).view(-1, batch.targets.shape[1])
-        for numbers, kind in zip(kept, (*[torch.float32] * 3, torch.int64)))
-    learned, result = targets >= 0, []
-    n_bytes = token_bytes[targets[learned]].sum()
-    for share in shares:
-        over = sure < (margin := margin_for(share, sure))
-        reads = float((over * torch.arange(1, over.shape[1] + 1)).amax(1).sum() / over.numel())
-        result.append({"share": share, "margin": margin, "big_reads": reads,
-                       "multiplications": small.matmul_parameters() + reads * big.matmul_parameters(),
-                       **figures(torch.where(over, its, nats).double().sum(), learned.sum(), n_bytes)})
-    return result
-
-
-def cascade_rows(models, rows, batches, token_bytes, shares=(0.1, 0.25, 0.5)):
-    """Rows for `table` of the first two of `models` in a cascade, beside those that `measure` gave. What is timed goes
-    on from the beginning of the text that is scored, and hands over another share: see "note"."""
-    base, its = list(models)[:2], dict(zip(models, rows))
-    small, big = sorted(base, key=lambda name: models[name].matmul_parameters())
-    curve = cascade_curve(models[small], models[big], batches, token_bytes, shares)
-    names = [f"{small} + {big} {point['share']:.0%}" for point in curve]
-    counts = {name: collections.Counter() for name in names}
-    writers = {name: functools.partial(cascade, models[small], models[big], margin=point["margin"], counts=counts[name])
-               for name, point in zip(names, curve)}
-    first = its[base[0]]
-    prompt = batches[0].ids[:1, :first["prompt_tokens"]].to(next(models[small].parameters()).device)
-    speeds = speed({base[0]: models[base[0]], **dict.fromkeys(names, models[small])}, prompt.shape[1],
-                   first["new_tokens"], 1, first["rounds"], prompt=prompt, writers=writers)
-    both = {key: its[small][key] + its[big][key] for key in ("parameters", "file_bytes", "resident_bytes", "sha256")
-            if its[small].get(key) and its[big].get(key)}
-    unknown = dict.fromkeys(("peak_bytes", "empty_bytes", "kl", "kl_p999", "agreement", "quantized_layers"))
-    return [{**first, **both, **unknown, "bits_per_weight": 8 * both["resident_bytes"] / both["parameters"], **point,
-             **speeds[name], "name": name, "note": f"handed over while timed: "
-             f"{counts[name]['escalated'] / counts[name]['tokens']:.0%}"}
-            for name, point in zip(names, curve)]
-
-
-def table(rows):
-    """Rows of `measure` as three Markdown tables, size, quality, speed, and the conditions they hold under."""
-    base, mb = rows[0], lambda n: None if n is None else n / 1e6
-
-    def cell(form, value, more=""):
-        return "n/a" if value is None else form.format(value) + more
-
-    def rate(value):
-        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-    def times(row, key):
-        return f" ({row[key] / base[key]:.2f} x)" if row[key] and base[key] and row is not base else ""
-
-    def markdown(columns):                                       # {heading: function of a row that gives a cell}
-        lines = [["model", *columns], *([row["name"], *(make(row) for make in columns.values())] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        lines.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
-        return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
-                         for line in lines)
-
-    size = {"parameters": lambda r: f"{r['parameters']:,}",
-            "file, MB": lambda r: cell("{:,.2f}", mb(r["file_bytes"]), times(r, "file_bytes")),
-            "in memory, MB": lambda r: cell("{:,.2f}", mb(r["resident_bytes"]), times(r, "resident_bytes")),
-            "bits per weight": lambda r: f"{r['bits_per_weight']:.2f}",
-            "process peak, MB": lambda r: cell("{:,.0f}", mb(r["peak_bytes"]),
-                                                             f" ({mb(r['empty_bytes'] or 0):,.0f})")}
-    quality = {"bits per byte": lambda r: f"{r['bits_per_byte']:.4f}" + ("" if r is base else
-               f" ({r['bits_per_byte'] / base['bits_per_byte'] - 1:+.2%})" if base["bits_per_byte"] else ""),
-               "loss": lambda r: f"{r['loss']:.4f}", "perplexity": lambda r: f"{r['perplexity']:,.2f}",
-               "mean KL": lambda r: "" if r is base else cell("{:.5f}", r["kl"]),
-               "99.9 % KL": lambda r: "" if r is base else cell("{:.4f}", r["kl_p999"]),
-               "same first choice": lambda r: "" if r is base else cell("{:.2%}", r["agreement"])}
-    fast = {f"{phase}, tokens/s": lambda r, p=phase: rate(r[f"{p}_tokens_per_s"]) +
-            ("" if r is base else f" ({r[f'{p}_x']:.2f} x)") for phase in ("prefill", "decode")}
-    fast |= {"first token, ms": lambda r: f"{r['first_token_ms']:.1f}",
-             "later, p50 / p95, ms": lambda r: f"{r['token_p50_ms']:.2f} / {r['token_p95_ms']:.2f}",
-             "joules per token": lambda r: cell("{:.3f}", r["joules_per_token"])}
-    if any("note" in row for row in rows):
-        fast["note"] = lambda r: r.get("note", "")
-    threads = f" with {base['threads']} thread(s)" if base["device"] == "cpu" else ""
-    conditions = (
-        f"Scored: {base['tokens']:,} tokens, {base['bytes']:,} bytes of text. Speed: batch {base['batch_size']}, "
-        f"a prompt of {base['prompt_tokens']} tokens, {base['new_tokens']} new ones, on {base['device']}{threads}, "
-        f"{base['dtype']}; medians of {base['rounds']} rounds in which the models took turns; x is the median of the "
-        "rounds' ratios. Process peak: of a fresh process that loads the model and generates; (of it before loading).")
-    how = sorted({row["quantized_layers"] for row in rows} - {None})
-    if how:
-        conditions += f" Quantized layers: {'; '.join(how)}."
-    return "\n\n".join([*map(markdown, (size, quality, fast)), conditions])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluate: held-out prompts. How well a model predicts their responses, and what it answers
 
-def response_loss(model, tokenizer, prompt, response, token_bytes):
-    """[nats, tokens, bytes] of a response and its end, given the prompt in the chat template; see `score`. What is
-    longer than the window is read in pieces, each behind half a window."""
-    from data.loader import Windows                              # here: to run a model needs no data
-    from data.prepare import encode_example
-    ids, mask = encode_example(tokenizer, prompt, response)
-    windows = Windows.of([(ids, mask)], min(model.config.max_position_embeddings, len(ids) - 1))
-    batches = (batch._replace(segments=None) for batch in windows.evaluation_batches(8))       # a piece a window
-    return score(model, batches, token_bytes).tolist()
-
-
-def words_of(text):
-    """The words of a text as SQuAD compares them (Rajpurkar et al., 2016): lower case, no punctuation, no articles."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def token_f1(answer, response):
-    """The harmonic mean of what share of the answer's words are the response's, and of the response's the answer's."""
-    answer, response = words_of(answer), words_of(response)
-    same = sum((collections.Counter(answer) & collections.Counter(response)).values())
-    return 2 * same / (len(answer) + len(response)) if same else float(answer == response)
-
-
-def evaluate(model, tokenizer, lines, answered, max_new_tokens, name=""):
-    """What a model makes of heldout.Lines, a dict each: nats, tokens and bytes of the response; with choices `chosen`,
-    whether it has the fewest bits per byte of them; for the line numbers in `answered` the greedy answer, its f1 and
-    whether it is exact, both by words_of."""
-    from tqdm import tqdm
-    rows, token_bytes, unread = [], tokenizer.token_bytes(), 0
-    for i, line in enumerate(tqdm(lines, desc=name, unit="line", disable=None, leave=False)):
-        losses = {text: response_loss(model, tokenizer, line.prompt, text, token_bytes)
-                  for text in dict.fromkeys((line.response, *line.choices))}
-        refuse_not_a_number(list(losses.values()))
-        nats, tokens, size = losses[line.response]
-        row = {"nats": nats, "tokens": int(tokens), "bytes": int(size)}
-        if line.choices:
-            bits = {text: its_nats / max(1, its_bytes) for text, (its_nats, _, its_bytes) in losses.items()}
-            row["chosen"] = min(line.choices, key=bits.get) == line.response
-        prompt = tokenizer.render([{"role": "user", "content": line.prompt}])
-        unread += len(tokenizer.encode(prompt, special=True)) > model.config.max_position_embeddings
-        if i in answered:
-            stream = map(int, continuations(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=0))
-            answer = "".join(pieces(tokenizer, stream, tokenizer.eos_ids)).strip()
-            row.update(answer=answer, f1=token_f1(answer, line.response),
-                       exact=words_of(answer) == words_of(line.response))
-        rows.append(row)
-    if unread:
-        print(f"{unread:,} prompts exceed {name}'s window of {model.config.max_position_embeddings} tokens: only their "
-              "end is read", file=sys.stderr)
-    return rows
-
-
-def interval(statistic, n, resamples=1000):
-    """The 95 % interval of statistic(line numbers (n,)) over n lines drawn with replacement (Efron, 1979). Models are
-    compared on the same lines each time, so it is paired."""
-    generator = torch.Generator().manual_seed(0)
-    values = [float(statistic(torch.randint(n, (n,), generator=generator))) for _ in range(resamples)]
-    return torch.tensor(values).quantile(torch.tensor([0.025, 0.975])).tolist()
-
-
-def evaluation_table(results, groups):
-    """Markdown of what `evaluate` gave, {name: rows}; the first is what the others are compared with. groups: {name:
-    line numbers}. In brackets 95 % intervals of the difference."""
-    base = next(iter(results))
-
-    def column(name, chosen, key):
-        return torch.tensor([float(results[name][i][key]) for i in chosen], dtype=torch.float64)
-
-    def difference(name, chosen, key, form, scale=100, relative=False):
-        if name == base or not chosen:
-            return ""
-        ours, theirs = column(name, chosen, key), column(base, chosen, key)
-        both = lambda at: ours[at].sum() / theirs[at].sum() - 1 if relative else (ours[at] - theirs[at]).mean()
-        low, high = interval(both, len(chosen))
-        middle = f"{scale * both(torch.arange(len(chosen))):{form}} % " if relative else ""
-        return f"{middle}({scale * low:{form}} ... {scale * high:{form}})"
-
-    def cells(name, group):
-        rows, its = results[name], groups[group]
-        with_choices, answered = ([i for i in its if key in rows[i]] for key in ("chosen", "f1"))
-        spans = [rows[i]["spans"] for i in answered if "spans" in rows[i]]
-        share = lambda chosen, key: f"{column(name, chosen, key).mean():.1%}" if chosen else "n/a"
-        return [group, name, f"{len(its):,}",
-                f"{column(name, its, 'nats').sum() / math.log(2) / max(1, column(name, its, 'bytes').sum()):.4f}",
-                difference(name, its, "nats", "+.1f", relative=True),
-                f"{column(name, answered, 'f1').mean():.3f} {difference(name, answered, 'f1', '+.3f', 1)}".rstrip()
-                if answered else "n/a", share(answered, "exact"),
-                f"{share(with_choices, 'chosen')} {difference(name, with_choices, 'chosen', '+.1f')}".rstrip(),
-                f"{sum(s for s, _ in spans) / max(1, sum(n for _, n in spans)):.1%}" if spans else "n/a"]
-    head = ["group", "model", "lines", "bits per byte", f"to {base}", "token-F1", "exact match", "right choice",
-            "verbatim"]
-    lines = [head, ["---", "---", *["---:"] * 7], *(cells(name, group) for group in groups for name in results)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def is_answers(path):
-    """Whether the first line of a file is one that --eval --out writes."""
-    with open(path, "rb") as file, contextlib.suppress(ValueError):
-        return {"model", "nats", "bytes"} <= set(json.loads(file.readline(1 << 24)))
-    return False
-
-
-def evaluate_command(args):
-    """--eval: prints the table; with --out writes a line for each model and prompt."""
-    from data import heldout                                     # here: to run a model needs no data
-    from data.prepare import find
-    directories, text, is_file = named(args.model, "--eval"), None, args.eval.endswith(".jsonl")
-    if args.out and Path(args.out).is_dir():
-        raise UserError(f"--out {args.out} is a directory: give the name of a file")
-    if args.out and Path(args.out).exists() and not args.overwrite:
-        raise UserError(f"--out {args.out} is there already: give another name or --overwrite")
-    if args.out and Path(args.out).exists() and not is_answers(args.out):
-        raise UserError(f"--out {args.out} is not a file that --eval wrote, so --overwrite does not replace it: give "
-                        "another name")
-    if args.data and not is_file:
-        raise UserError(f"--eval {args.eval} is prepared data, with its own training text: leave out --data")
-    flag, wanted = ("--data", args.data) if args.data else ("--eval", args.eval)
-    directory = find(wanted, args.smoke, flag) if args.data or not is_file else None
-    if directory is None and (args.data or not is_file):
-        raise UserError(f"{flag} {wanted} is not prepared yet: python data/prepare.py {wanted}")
-    lines = heldout.read(args.eval if is_file else directory / "val.jsonl")
-    lines = lines[:8 if args.smoke else None]
-    groups = {"all": list(range(len(lines)))}
-    if directory:
-        text = functools.partial(heldout.training_text, directory, Tokenizer.load(directory))
-        shares = heldout.overlap(lines, text())
-        labels = list(map(heldout.group, shares))
-        groups |= {f"overlap {group}": [i for i, its in enumerate(labels) if its == group] for group in heldout.GROUPS}
-    if args.by:
-        lacking = next((line for line in lines if args.by not in line.fields), None)
-        if lacking:
-            raise UserError(f"{lacking.place}: it has no field {args.by!r}, which --by names")
-        values = [str(line.fields[args.by]) for line in lines]
-        groups |= {f"{args.by} {v}": [i for i, its in enumerate(values) if its == v] for v in sorted(set(values))}
-    count = min(args.answers, len(lines))
-    answered = {i * len(lines) // count for i in range(count)}                    # spread over the file
-    device, results = pick_device(args.device), {}
-    threads_for(args.threads or torch.get_num_threads(), device)
-    for name, directory in directories.items():
-        start, (model, tokenizer) = time.perf_counter(), open_model(directory, device)
-        results[name] = evaluate(model, tokenizer, lines, answered, args.max_new_tokens, name)
-        print(f"[{name}: {len(lines):,} responses scored, {count} prompts answered in "
-              f"{time.perf_counter() - start:.0f} s]", file=sys.stderr)
-    for rows in results.values() if text else ():
-        spans = heldout.verbatim([rows[i]["answer"] for i in sorted(answered)], text())
-        for i, its in zip(sorted(answered), spans):
-            rows[i]["spans"] = its
-    print(evaluation_table(results, {name: its for name, its in groups.items() if its}))
-    print(f"\nBits per byte of {len(lines):,} responses given their prompts, in each model's chat template; token-F1 "
-          f"and exact match of {count} greedy answers of at most {args.max_new_tokens} tokens; in brackets 95 % "
-          "intervals of the difference (paired bootstrap over lines)." + (
-              " Overlap: the share of a response's 8-word spans that stand in the training text; verbatim: of an "
-              "answer's 50-byte spans." if text else ""))
-    if args.out:
-        with replacing_file(Path(args.out)) as new, open(new, "w", encoding="utf-8", newline="\n") as file:
-            for name, rows in results.items():
-                for i, (line, row) in enumerate(zip(lines, rows)):
-                    more = {"overlap": round(shares[i], 4)} if text else {}
-                    file.write(json.dumps({**line.fields, "model": name, **more, **row}) + "\n")
-        print(f"wrote {args.out}")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-def arguments(argv):
+def sample_arguments(argv):
     parser = Parser(description=__doc__)
     parser.add_argument("model", nargs="+", help="a model directory, or a training run's; with --eval one or more")
     source = parser.add_mutually_exclusive_group()
@@ -1017,11 +443,9 @@ def arguments(argv):
     together.add_argument("--lookup", action="store_true", help="the text guesses: it goes on as where it last said so")
     together.add_argument("--escalate", metavar="BIG_DIR", help="a larger model writes the tokens that the model is "
                           "unsure of, or with another tokenizer the whole answer")
-    group.add_argument("--margin", metavar="M", default="20%", help="unsure: the likeliest token leads the second by "
-                       "less than this in probability; as SHARE%%: by what hands over this share of held-out text "
-                       "(default: 20%%)")
-    group.add_argument("--calibrate", metavar="FILE", help="that text (default: the validation split of what the model "
-                       "was trained on)")
+    group.add_argument("--margin", type=float, metavar="M", default=0.2, help="unsure: the likeliest token leads the "
+                       "second by less than this in probability; compress.py --measure SMALL BIG --escalate shows the "
+                       "share and the gain of some margins (default: 0.2)")
     group = parser.add_argument_group("held-out prompts", "how well the models predict the responses, and what they "
                                       "answer; the first is what the others are compared with")
     group.add_argument("--eval", metavar="NAME_OR_FILE", help="prepared data, of which the held-out examples are "
@@ -1034,6 +458,8 @@ def arguments(argv):
     group.add_argument("--overwrite", action="store_true", help="replace that file")
     parser.add_argument("--seed", type=int, help="same seed, same text (default: another each time)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    parser.add_argument("--native", action=argparse.BooleanOptionalAction, default=True,
+                        help="kernels in C on a CPU; --no-native: PyTorch alone")
     parser.add_argument("--smoke", action="store_true", help="20 tokens only")
     args = parser.parse_args(argv)
     for flag in ("data", "by", "out") if not args.eval else ():
@@ -1047,14 +473,10 @@ def arguments(argv):
     one = next((flag for flag in ("draft", "self_draft", "lookup", "escalate", "chat") if getattr(args, flag)), None)
     if one and args.samples > 1:
         raise UserError(f"--{one.replace('_', '-')} is for one continuation: leave out --samples")
-    if not args.escalate and (args.margin != "20%" or args.calibrate):
-        raise UserError(f"--{'calibrate' if args.calibrate else 'margin'} says when a larger model helps: it needs "
-                        "--escalate BIG_DIR")
-    text, args.share, args.margin = args.margin, args.margin.endswith("%"), math.nan
-    with contextlib.suppress(ValueError):
-        args.margin = float(text.removesuffix("%")) / (100 if args.share else 1)
+    if not args.escalate and args.margin != parser.get_default("margin"):
+        raise UserError("--margin says when a larger model helps: it needs --escalate BIG_DIR")
     if not 0 < args.margin < 1:
-        raise UserError(f"--margin is {text}; it must be a probability between 0 and 1, or a share such as 20%")
+        raise UserError(f"--margin is {args.margin}; it must be a probability between 0 and 1")
     if args.smoke:
         args.max_new_tokens = min(args.max_new_tokens, 20)
     for name, least, most in (("max_new_tokens", 1, None), ("samples", 1, None), ("temperature", 0, None),
@@ -1065,43 +487,6 @@ def arguments(argv):
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}" +
                             (f" and at most {most}" if most else ""))
     return args
-
-
-def threads_of(n):
-    return f"{n} thread{'s' * (n > 1)}"
-
-
-def halvings(n):
-    """n, n / 2, n / 4, ... 1."""
-    return [n >> i for i in range(n.bit_length())]
-
-
-def threads_for(count, device):
-    """Threads for generation: `count`; 0: what is fastest, where the kernels compute the same bits with any number."""
-    most = torch.get_num_threads()
-    follow = not count and device.type == "cpu" and kernels()[0] is not None
-    threads = Threads(halvings(most) if follow else [count or most])
-    if device.type == "cpu":
-        threads.use(threads.count)
-    return threads
-
-
-def pick_device(name="auto"):
-    """The torch device a person named, or the best there is. Raises UserError if it is not there."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(d for d in have if have[d])
-    if not have.get(name.split(":")[0], False):
-        best = next(d for d in have if have[d])
-        raise UserError(f"--device {name}: there is no such device here; use --device {best}")
-    return torch.device(name)
-
-
-def decoded(data, where):
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{where} is not UTF-8 text") from None
 
 
 def sampling(args):
@@ -1175,31 +560,12 @@ def chat(model, tokenizer, prompt, args, write, follow):
         seed = None if seed is None else seed + 1
 
 
-def named(paths, flag):
-    """{name: model directory}: the directories' names, or the paths as typed if two share one."""
-    names = [model_name(path) for path in paths]
-    names = names if len(set(names)) == len(names) else [str(path) for path in paths]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise UserError(f"{flag} {twice}: it is named twice")
-    return dict(zip(names, map(whole, paths)))
-
-
-def tokenizer_of(model, directory):
-    """The tokenizer in the model's directory. Raises UserError if they do not belong together."""
-    tokenizer = Tokenizer.load(directory)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model only "
-                        f"{model.config.vocab_size}: they do not belong together")
-    return tokenizer
-
-
-def open_model(path, device):
-    """(model, tokenizer) of a directory. Raises UserError if they do not belong together."""
+def open_model(path, device, native=True):
+    """(model, tokenizer) of a directory; native: with kernels in C. Raises UserError if they do not belong together."""
     directory = whole(path)
     dtype = torch.float32 if device.type == "cpu" else None                    # a CPU is slow at 16 bits
     model = load(directory, device, dtype, finite=False)                       # see refuse_not_a_number
-    return model, tokenizer_of(model, directory)
+    return accelerate(model, native), tokenizer_of(model, directory)
 
 
 def partner(flag, args, model):
@@ -1207,7 +573,7 @@ def partner(flag, args, model):
     path = getattr(args, flag)
     if whole(path).resolve() == whole(args.model).resolve():
         raise UserError(f"--{flag} {path} is the model itself: give a {'smaller' if flag == 'draft' else 'larger'} one")
-    return open_model(path, next(model.parameters()).device)
+    return open_model(path, next(model.parameters()).device, is_accelerated(model))
 
 
 def guesser(args, model, tokenizer):
@@ -1227,51 +593,22 @@ def guesser(args, model, tokenizer):
     return first_layers(model, args.self_draft) if args.self_draft else None
 
 
-def held_out(args, model, tokenizer):
-    """Batches of about 16,384 tokens that the model was not trained on: of --calibrate FILE, or of the validation split
-    that its history names. Raises UserError if there are none."""
-    from data.loader import Batch, Windows                       # here: to run a model needs no prepared data
-    from data.prepare import find
-    device, context = next(model.parameters()).device, min(512, model.config.max_position_embeddings)
-    if args.calibrate:
-        text = decoded(Path(args.calibrate).read_bytes(), f"--calibrate {args.calibrate}")
-        ids = torch.tensor(tokenizer.encode(text)[:2 ** 14])
-        if len(ids) < 100:
-            raise UserError(f"--calibrate {args.calibrate} has {len(ids)} tokens: a share of so few says nothing")
-        context = min(context, len(ids))
-        batches = [Batch(rows, rows, None) for rows in ids[:len(ids) // context * context].view(-1, context).split(8)]
-    else:
-        made, batches = next((e for e in reversed(model.history) if "data_sha256" in e), None), []
-        for its_slice in (args.smoke, not args.smoke) if made else ():
-            with contextlib.suppress(UserError):
-                split = (place := find(made["data"], its_slice)) and Windows(place, "val", context)
-                its = split and (split.meta["sha256"], split.meta["tokenizer_hash"])
-                if its == (made["data_sha256"], tokenizer.hash):
-                    batches = batches or split.evaluation_batches(8, 2 ** 14)
-    batches = [Batch(*(None if t is None else t.to(device) for t in batch)) for batch in batches]
-    if not batches:
-        raise UserError(f"--margin {args.margin:.0%} is a share of held-out text, and the validation split of what the "
-                        "model was trained on is not under data/: give --calibrate FILE, or a number below 1")
-    return batches
-
-
 def handover(args, model, tokenizer):
-    """--escalate: what writes instead of `generate`, a function of what there is to say of it afterwards, and None, or
-    for a large model with another tokenizer a function of who takes over the answer: (model, tokenizer) or None."""
-    counts, (big, its) = collections.Counter(), partner("escalate", args, model)
-    same = its.hash == tokenizer.hash
-    if not same and (args.share or args.chat):
-        way_out = "leave out --chat" if args.chat else "give --margin as a number below 1, for an answer's mean lead"
+    """Sets up --escalate: (generate function, report function, takeover function).
+
+    With a shared tokenizer the generate function switches models at a token, and the takeover function is None. With
+    another one takeover() gives the large (model, tokenizer) if the answer should be written anew, else None.
+    """
+    counts, (big, big_tokenizer) = collections.Counter(), partner("escalate", args, model)
+    same = big_tokenizer.hash == tokenizer.hash
+    if not same and args.chat:
         raise UserError(f"--escalate {args.escalate} has another tokenizer, so it can only take over whole answers: "
-                        + way_out)
-    if args.share:
-        sure = torch.cat([leads(model, batch) for batch in held_out(args, model, tokenizer)])
-        share, args.margin = args.margin, margin_for(args.margin, sure)
-        print(f"margin {args.margin:.3f}: it hands over {share:.0%} of held-out text", file=sys.stderr)
+                        "leave out --chat")
     write = functools.partial(cascade, big=big if same else None, margin=args.margin, counts=counts)
 
-    def judge():
-        return (big, its) if counts["lead"] < args.margin * counts["tokens"] else None
+    def takeover():
+        unsure = counts["lead"] < args.margin * counts["tokens"]
+        return (big, big_tokenizer) if unsure else None
 
     def report():
         tokens = max(1, counts["tokens"])
@@ -1279,13 +616,14 @@ def handover(args, model, tokenizer):
             return (f"{counts['escalated'] / tokens:.0%} of {tokens} tokens were handed over; for that the large model "
                     f"read {counts['read']}")
         return (f"the likeliest token leads by {counts['lead'] / tokens:.2f} in the mean: the answer is "
-                f"{'handed over' if judge() else 'kept'}")
-    return write, report, None if same else judge
+                f"{'handed over' if takeover() else 'kept'}")
+    return write, report, None if same else takeover
 
 
 def main(argv=None):
-    args = arguments(argv)
+    args = sample_arguments(argv)
     if args.eval:
+        from data.measure import evaluate_command                # here, as measure imports this script
         return evaluate_command(args)
     args.model = args.model[0]
     if args.file is not None:
@@ -1297,11 +635,11 @@ def main(argv=None):
     else:
         prompt = decoded(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
     device = pick_device(args.device)
-    model, tokenizer = open_model(args.model, device)
-    threads = threads_for(args.threads, device)
-    write, report, judge = generate, str, None                   # str() is nothing to say
+    model, tokenizer = open_model(args.model, device, args.native)
+    threads = threads_for(model, args.threads, device)
+    write, report, takeover = generate, str, None                # str() is nothing to say
     if args.escalate:
-        write, report, judge = handover(args, model, tokenizer)
+        write, report, takeover = handover(args, model, tokenizer)
     elif args.draft or args.self_draft or args.lookup:
         pace = Pace()
         write, report = functools.partial(speculate, draft=guesser(args, model, tokenizer), pace=pace), pace.__str__
@@ -1315,10 +653,10 @@ def main(argv=None):
     if not prompt:
         print("there is no prompt: a new document begins", file=sys.stderr)
     start, stamps, answer = time.perf_counter(), [], None
-    if judge:
+    if takeover:
         answer = list(continuations(model, tokenizer, prompt, 1, args.seed, write, **sampling(args)))
-        if judge():
-            (model, tokenizer), answer, write = judge(), None, generate
+        if takeover():
+            (model, tokenizer), answer, write = takeover(), None, generate
 
     def stream():
         for ids in answer or follow(continuations(model, tokenizer, prompt, args.samples, args.seed, write,
@@ -1331,7 +669,7 @@ def main(argv=None):
         speak(tokenizer, (ids[0] for ids in stream()))
     else:
         for i, ids in enumerate(zip(*stream())):
-            print(f"--- sample {i + 1}\n{prompt}{''.join(pieces(tokenizer, ids, tokenizer.eos_ids))}")
+            print(f"--- sample {i + 1}\n{prompt}{''.join(readable_pieces(tokenizer, ids, tokenizer.eos_ids))}")
     decode, how = "", how_quantized_layers_run(model)
     if len(stamps) > 1 and not answer:
         decode = f", then {args.samples * (len(stamps) - 1) / (stamps[-1] - stamps[0]):.0f} tokens/s" + (

@@ -8,17 +8,13 @@ never held whole); prompt and response as an Example. Nothing is normalized: lin
 byte-order mark goes. What cannot be used is counted in `skipped` by reason.
 """
 
-import codecs
-import io
-import json
-import os
-import re
-import sysconfig
+import codecs, io, json, os, re, sysconfig
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from data import UserError, reading
+from data import UserError
+from data.files import reading
 
 KNOWN = ["stdlib"]  # corpora that need no file and no network; download.py has others
 PIECE, HARD_CUT = 1 << 20, 8 << 20  # characters

@@ -7,19 +7,13 @@ A file that is there already is not fetched, so one that was put there by hand w
 the same command goes on from it by a Range request, if the server says by an ETag that the file is still the same.
 """
 
-import errno
-import hashlib
-import http.client
-import json
-import re
-import time
-import urllib.error
-import urllib.request
+import errno, hashlib, http.client, re, time, urllib.error, urllib.request
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data import UserError, corpora, sync
+from data import UserError, corpora
+from data.files import sync
 
 FOLDER = Path(__file__).resolve().parent / "downloads"
 TRIES, WAIT = 6, 1  # of one request; seconds before the second, twice as many before each further one
@@ -35,8 +29,6 @@ CORPORA = {  # name: (address of a fixed revision, {file: the id by which git kn
                    "test.txt": "6f3fc88e4cd88456ea892971f9f12243e8428624"}),
     "tinystories": (HUB + "roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/",
                     {"TinyStoriesV2-GPT4-train.txt": None, "TinyStoriesV2-GPT4-valid.txt": None}),
-    "fineweb-edu": ("https://datasets-server.huggingface.co/rows?dataset=HuggingFaceFW%2Ffineweb-edu&config=sample-10BT"
-                    "&split=train&length=100&offset=", {}),  # on the Hub it is parquet; its viewer pages rows as JSON
 }
 
 
@@ -44,29 +36,23 @@ class Failed(Exception):
     """An attempt to download something, or after some of them all; the message says why."""
 
 
-def files(name, size="100MB"):
+def files(name):
     """(training, validation): lists of corpora.File of the corpus `name`, after fetching what is not there.
 
-    size: text to fetch of fineweb-edu. Raises UserError if a file cannot be had, or is not the one that we know.
+    Raises UserError if a file cannot be had, or is not the one that we know.
     """
     base, known = CORPORA[name]
-    amount = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", size, re.I)
-    if not amount or not float(amount[1]):
-        raise UserError(f"--size {size} is not a size such as 100MB or 1.5GB")
-    size = float(amount[1]) * {"MB": 1e6, "GB": 1e9}[amount[2].upper()]
-    known = known or {f"{size / 1e6:g}MB.jsonl": None}
     missing = [file for file in known if not (FOLDER / name / file).is_file()]
     for file, blob in known.items():
         path, url = FOLDER / name / file, base + file
         if file in missing:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                rows(base, path, size) if name == "fineweb-edu" else download(url, path)
+                download(url, path)
             except Failed as reason:
                 todo = ", ".join(f for f in missing if not (FOLDER / name / f).is_file())
-                raise UserError(f"{name} could not be downloaded ({reason}): run it again, or put {todo} "
-                                + ('(lines of {"text": ...})' if name == "fineweb-edu" else f"of {base}")
-                                + f" into {path.parent} by hand") from None
+                raise UserError(f"{name} could not be downloaded ({reason}): run it again, or put {todo} of {base} into"
+                                f" {path.parent} by hand") from None
         sha256, found = digests(path) if blob or file in missing else ("", None)
         if blob and found != blob:
             raise UserError(f"{path} is not the file of {url} (git calls that {blob[:12]}, this one {found[:12]}): "
@@ -160,35 +146,3 @@ def download(url, path):
     sync(part)
     part.replace(path)
     tag.unlink(missing_ok=True)
-
-
-def rows(base, path, size):
-    """The first rows of a dataset as lines of {"text"}, until those hold `size` bytes of text. Raises Failed.
-
-    PATH.part is what came; the number of its lines says where to go on.
-    """
-    part = path.with_name(path.name + ".part")
-    with open(part, "ab+") as f, tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-        f.seek(0)
-        count = came = whole = 0
-        for line in f:
-            if line.endswith(b"\n"):  # not one that was cut
-                count, whole, came = count + 1, whole + len(line), came + len(json.loads(line)["text"].encode("utf-8"))
-        f.truncate(whole)
-        bar.update(came)
-
-        def attempt():
-            with get(f"{base}{count}") as response:
-                try:
-                    return [corpora.clean(row["row"]["text"]) for row in json.loads(response.read())["rows"]]
-                except (ValueError, KeyError):
-                    raise Failed("the server sent no rows") from None
-
-        while came < size and (page := persist(attempt)):
-            f.write("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in page).encode("utf-8"))
-            f.flush()
-            count, new = count + len(page), sum(len(text.encode("utf-8")) for text in page)
-            came += new
-            bar.update(new)
-    sync(part)
-    part.replace(path)

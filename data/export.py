@@ -7,9 +7,9 @@ import dataclasses, errno, json, re, shutil
 import numpy as np
 import torch
 
-from data import UserError, replacing_file
-from data.tokenizer import GPT2, GPT2_DIGITS, QWEN2
-from model import QuantLinear
+from data import UserError
+from data.files import replacing_file
+from data.tiktoken_plan import GPT2, GPT2_DIGITS, QWEN2
 
 GGUF_TYPES = ("f32", "f16", "q8_0", "q4_0")
 GGUF_NAMES = {                              # ours to GGUF's; in a layer "blk.N." goes before it
@@ -79,6 +79,11 @@ def stored_blocks(layer):
     return (q8_0_blocks if layer.bits == 8 else q4_0_blocks)(integers, scales)
 
 
+def is_quantized(layer):
+    """Whether a layer, or a tensor, is a QuantLinear of model.py."""
+    return hasattr(layer, "scales")
+
+
 def gguf_mismatch(model, kind):
     """Why a model's quantized layers do not fit a GGUF file of this type, as text; None: they do, or there are none."""
     blocks = {e["kind"] for e in model.compression if ".layers." in e["module"]}
@@ -87,10 +92,7 @@ def gguf_mismatch(model, kind):
         return (f"gguf:{kind}: the model's layers are {' and '.join(sorted(blocks))}, which goes unchanged into "
                 f"gguf:{' or gguf:'.join(sorted(fit))} only; write that, or put the step dequantize before gguf:{kind}")
     for name, m in model.named_modules():
-        if isinstance(m, QuantLinear) and m.offsets is not None:
-            return f"gguf:{kind}: {name.removesuffix('.table')} has offsets, which {kind} has not; put the step " \
-                   "dequantize before gguf"
-        if isinstance(m, QuantLinear) and m.in_features % 32:
+        if is_quantized(m) and m.in_features % 32:
             return (f"gguf:{kind}: rows of {m.in_features} ({name.removesuffix('.table')}) do not divide into blocks "
                     "of 32; put the step dequantize before gguf")
     return None
@@ -230,17 +232,17 @@ def gguf_tensors(model, kind, gguf):
         parts.setdefault(f"{layer}{theirs}.{suffix}", []).append((t, heads if arch == "llama" else None))
 
     def shape_of(t):
-        return (t.out_features, t.in_features) if isinstance(t, QuantLinear) else tuple(t.shape)
+        return (t.out_features, t.in_features) if is_quantized(t) else tuple(t.shape)
 
     def type_of(name, t):
-        if isinstance(t, QuantLinear):
+        if is_quantized(t):
             return T.Q8_0 if t.bits == 8 else T.Q4_0
         if t.ndim == 1 or name.startswith("position_embd"):     # added, not multiplied: llama.cpp keeps them too
             return T.F32
         return T.F16 if wanted in (T.Q8_0, T.Q4_0) and t.shape[1] % 32 else wanted
 
     def encoded(name, t, ggml_type):
-        if isinstance(t, QuantLinear):
+        if is_quantized(t):
             return stored_blocks(t)
         if ggml_type != T.F32 and t.abs().max() > 65504:
             raise UserError(f"gguf: {name} has values too large for float16: write gguf:f32")

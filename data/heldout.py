@@ -5,10 +5,12 @@ Held-out prompts, and what of an answer the training text holds already.
     shares = heldout.overlap(lines, heldout.training_text(directory, tokenizer))
     found = heldout.verbatim(answers, heldout.training_text(directory, tokenizer))
 """
+import collections, contextlib, json, re, string
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from data import UserError
 from data.corpora import clean, objects
@@ -107,3 +109,31 @@ def verbatim(answers, text):
     for block in text:
         seen |= np.isin(wanted, span_hashes(block))
     return [(int(seen[np.searchsorted(wanted, h)].sum()), len(h)) for h in hashes]
+
+
+def words_of(text):
+    """The words of a text as SQuAD compares them (Rajpurkar et al., 2016): lower case, no punctuation, no articles."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def token_f1(answer, response):
+    """The harmonic mean of what share of the answer's words are the response's, and of the response's the answer's."""
+    answer, response = words_of(answer), words_of(response)
+    same = sum((collections.Counter(answer) & collections.Counter(response)).values())
+    return 2 * same / (len(answer) + len(response)) if same else float(answer == response)
+
+
+def interval(statistic, n, resamples=1000):
+    """The 95 % interval of statistic(line numbers (n,)) over n lines drawn with replacement (Efron, 1979). Models are
+    compared on the same lines each time, so it is paired."""
+    generator = torch.Generator().manual_seed(0)
+    values = [float(statistic(torch.randint(n, (n,), generator=generator))) for _ in range(resamples)]
+    return torch.tensor(values).quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def is_answers(path):
+    """Whether the first line of a file is one that --eval --out writes."""
+    with open(path, "rb") as file, contextlib.suppress(ValueError):
+        return {"model", "nats", "bytes"} <= set(json.loads(file.readline(1 << 24)))
+    return False

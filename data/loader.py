@@ -3,13 +3,13 @@
 Row n of a run is a pure function of (seed, n), and step s of batch size B takes rows s * B ... s * B + B - 1. So there
 is nothing to store for resuming, and ranks or accumulation only choose which of a step's rows they read.
 """
-import bisect
-import json
+import bisect, json
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data import UserError
 from data.values import check_values
@@ -185,3 +185,13 @@ def packed(sizes, room):
         windows[window].append(piece)
         bisect.insort(rooms, (left - sizes[piece], window))
     return windows
+
+
+def stream_batches(ids, context):
+    """A stream of ids (N,) in windows of `context` and the one after each, which begins the next: each id but the first
+    is predicted once. The last window is filled up with targets that are ignored."""
+    ids, rows = torch.as_tensor(np.asarray(ids, np.int64)), max(1, 8192 // context)
+    for piece in (ids[i:i + rows * context + 1] for i in range(0, len(ids) - 1, rows * context)):
+        fill = (0, -(len(piece) - 1) % context)
+        targets = F.pad(piece[1:], fill, value=IGNORE).view(-1, context)
+        yield Batch(F.pad(piece[:-1], fill).view(-1, context), targets, None)

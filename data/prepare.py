@@ -6,7 +6,6 @@ Turn text into a dataset: train.bin and val.bin (token ids), tokenizer.json and 
     python data/prepare.py --input faq.jsonl                      # lines of {"prompt", "response"} or of {"text"}
     python data/prepare.py --input a.txt --val b.txt --tokenizer MODEL_DIR    # a test set and a tokenizer you have
     python data/prepare.py shakespeare                            # or wikitext2, tinystories: these are downloaded
-    python data/prepare.py fineweb-edu --size 1GB                 # a sample of this size
 
 The text is read twice and never held whole: once for sizes, duplicates and the split, once to encode. The result is
 written to NAME.part and renamed when complete, so an interrupted run leaves what was there before, and the same command
@@ -18,18 +17,7 @@ per token: bit 0 set where the token is learned (the response and its end), bit 
 Those held out are in val.jsonl too, with all their fields, for sample.py --eval.
 """
 
-import contextlib
-import difflib
-import hashlib
-import itertools
-import json
-import os
-import platform
-import re
-import sys
-import time
-import zlib
-from array import array
+import contextlib, difflib, json, os, platform, re, sys, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,24 +27,17 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # run as a script, the first import path is data/, not the root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from data import (DATASET, Parser, UserError, corpora, download, marker_of, refuse_foreign, resumable, run, settle,
-                  sync, write_json)
+from data.files import DATASET, marker_of, refuse_foreign, resumable, settle, sync, write_json
+from data.console import Parser, run
+from data import UserError, corpora, download
 from data.loader import FIRST, LEARNED
 from data.tokenizer import SPECIALS, Tokenizer
+from data.split import BOTH, DROP, TRAIN, VAL, Scan, split, utf8
 
 HERE, KNOWN = Path(__file__).resolve().parent, [*corpora.KNOWN, *download.CORPORA]
 BPE_BYTES = 64 << 20  # text the tokenizer is trained on at most, taken evenly from the whole
-SMOKE_BYTES = 1 << 20
 TASK = 256 << 10  # bytes that a thread encodes at a time: enough for few hand-overs, few enough for a small queue
 SAVE_EVERY = 256  # tasks (64 MB of text): what a kill costs at most
-FEW = 10  # fewer documents (or groups of near-identical ones) than this are split inside each
-TRAIN, VAL, BOTH, DROP = 0, 1, 2, 3
-
-BANDS, ROWS = 8, 4  # near-duplicates: MinHash (Broder 1997) of 32 values, candidates agree in all 4 values of a band
-HASH_A, HASH_B = np.random.default_rng(0).integers(1, 2**63, (2, BANDS * ROWS), dtype=np.uint64) | np.uint64(1)
-NO_HASH = 2**32 - 1
-NO_HASHES = np.full(BANDS * ROWS, NO_HASH, np.uint32)
-ROW = np.dtype([("size", "<i8"), ("digest", "u1", 16), ("signature", "<u4", BANDS * ROWS), ("usable", "?")])  # on disk
 
 
 def find(name_or_dir, smoke=False, flag="--data"):
@@ -91,164 +72,6 @@ def nearest(name):
 # ---------------------------------------------------------------------------- first pass: what is there, what is alike
 
 
-class Scan:
-    """One pass over the documents of `files`. Rows are documents, skipped ones too, so that a second pass can count.
-
-    sizes (n,) int64 utf-8 bytes; digests (n, 16) uint8; usable (n,) bool; signatures() (n, 32) uint32, left on disk;
-    kind "text" or "examples"; sha256 hex over names and contents
-    The rows are kept in part/LABEL, the rest under `label` in `progress`: what is there already is not read again.
-    """
-
-    def __init__(self, files, skipped, smoke, label, part, progress):
-        self.path = part / f"{label}.rows"
-        if label not in progress:
-            progress[label] = self._read(files, smoke, label)
-            write_json(part / "progress.json", progress)
-        self.kind, self.sha256 = progress[label]["kind"], progress[label]["sha256"]
-        its = corpora.Skipped(progress[label]["skipped"], progress[label]["skipped_names"])
-        skipped.update(its)
-        for reason, few in its.names.items():
-            skipped.names[reason] = (skipped.names.get(reason, []) + few)[:5]
-        rows = self._rows()
-        self.sizes, self.usable, self.digests = (np.array(rows[name]) for name in ("size", "usable", "digest"))
-
-    def _rows(self):
-        return np.memmap(self.path, ROW, "r") if self.path.stat().st_size else np.zeros(0, ROW)  # nothing is no map
-
-    def signatures(self):
-        return self._rows()["signature"]
-
-    def _read(self, files, smoke, label):
-        kinds, skipped, total, whole = {}, corpora.Skipped(), 0, hashlib.sha256()  # kinds: the first document of each
-        expected = sum(path.stat().st_size for path in (f.path for f in files) if path.is_file())
-        bar = tqdm(total=None if smoke else expected, unit="B", unit_scale=True, desc=f"read {label}", disable=None,
-                   leave=False)
-        with open(self.path, "wb") as rows, bar:
-            for name, parts in corpora.documents(files, skipped):
-                digest, size, signature, usable = hashlib.sha256(), 0, NO_HASHES, False
-                try:
-                    for text, data in utf8(parts, smoke):
-                        # of an example the response only: prompts may be alike on both sides of the split
-                        hashed = minhash(data if text is not None else parts.response.encode("utf-8"))
-                        signature = np.minimum(signature, hashed)
-                        digest.update(data)
-                        size += len(data)
-                        bar.update(len(data))
-                    if size == 0:
-                        raise corpora.Skip("empty")
-                    if isinstance(parts, tuple) and not parts.response.strip():
-                        raise corpora.Skip("empty response")
-                    whole.update(name.encode("utf-8", "surrogateescape") + b"\0" + digest.digest())
-                    kinds.setdefault("examples" if isinstance(parts, tuple) else "text", name)
-                    if len(kinds) == 2:
-                        raise UserError(f"{kinds['text']} is text and {kinds['examples']} is a prompt and its "
-                                        "response: make two datasets of them (two --name)")
-                    usable = True
-                    total += size
-                except corpora.Skip as reason:
-                    skipped.add(str(reason), name)
-                rows.write(b"".join((size.to_bytes(8, "little"), digest.digest()[:16],
-                                     signature.astype("<u4").tobytes(), bytes([usable]))))
-                if smoke and total > SMOKE_BYTES:
-                    break
-        sync(self.path)
-        return {"kind": next(iter(kinds), None), "sha256": whole.hexdigest(), "skipped": skipped,
-                "skipped_names": skipped.names}
-
-
-def utf8(parts, smoke=False):
-    """Yield (piece, its bytes) of a text, or (None, bytes) of an example; a smoke run takes the first piece only."""
-    if isinstance(parts, tuple):
-        yield None, "\0".join(parts[:2]).encode("utf-8")
-    else:
-        yield from ((piece, piece.encode("utf-8")) for piece in itertools.islice(parts, 1 if smoke else None))
-
-
-def minhash(data):
-    """uint32 (32,): smallest value of each of 32 hashes over the lines and sentences (those longer than 8 bytes)."""
-    units = map(bytes.strip, data.replace(b". ", b"\n").split(b"\n"))
-    units = [zlib.crc32(unit) for unit in units if len(unit) > 8]
-    if not units:
-        return NO_HASHES
-    hashes = np.array(units, np.uint64)[:, None] * HASH_A + HASH_B  # (units, 32), multiply-shift modulo 2^64
-    return (hashes.min(axis=0) >> np.uint64(32)).astype(np.uint32)
-
-
-def groups(scan, rows):
-    """For each of `rows` the first row near-identical to it (directly or through others): (len(rows),) int."""
-    signatures, parent = scan.signatures(), array("q", range(len(rows)))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    has = np.flatnonzero(signatures[rows, 0] != NO_HASH)
-    for band in range(BANDS):
-        key = np.zeros(len(has), np.uint64)
-        for column in range(band * ROWS, (band + 1) * ROWS):
-            key = key * HASH_A[0] + signatures[rows[has], column]
-        order = np.argsort(key, kind="stable")
-        same = np.flatnonzero(key[order[1:]] == key[order[:-1]])
-        for some in np.array_split(same, len(same) // 65536 + 1):  # not all signatures in memory at once
-            a, b = has[order[some]], has[order[some + 1]]
-            alike = (signatures[rows[a]] == signatures[rows[b]]).mean(axis=1) >= 0.5  # estimates Jaccard similarity
-            for i, j in zip(a[alike].tolist(), b[alike].tolist()):
-                i, j = root(i), root(j)
-                parent[max(i, j)] = min(i, j)
-    return np.fromiter(map(root, range(len(rows))), np.int64, len(rows))
-
-
-def split(scan, held_out, fraction, seed, skipped):
-    """The side of each document, (n,) int8 of TRAIN, VAL, BOTH, DROP: a function of contents and seed, not of order.
-
-    Exact duplicates are dropped; near-identical documents, or examples whose responses are, stay on one side.
-    held_out: digests (m, 16) of a given validation set, or None to take `fraction` of the bytes.
-    """
-    side = np.full(len(scan.sizes), DROP, np.int8)
-    usable = np.flatnonzero(scan.usable)
-    as_keys = lambda digests: np.ascontiguousarray(digests).view("V16").ravel()
-    _, first = np.unique(as_keys(scan.digests[usable]), return_index=True)
-    rows = usable[np.sort(first)]
-    skipped["exact duplicate"] += len(usable) - len(rows)
-    if held_out is not None:
-        known = set(map(bytes, held_out))
-        fresh = np.array([bytes(d) not in known for d in scan.digests[rows]], bool)
-        skipped["identical to a validation document"] += int((~fresh).sum())
-        side[rows[fresh]] = TRAIN
-        return side
-    side[rows] = TRAIN
-    group = np.unique(groups(scan, rows), return_inverse=True)[1]  # (rows,) numbers from 0 on
-    near = len(rows) - int(group.max()) - 1
-    if len(rows) - near < FEW and scan.kind == "examples":  # such as two classes as responses
-        group, near = np.arange(len(rows)), 0
-        print("fewer than ten distinct responses: examples are split one by one")
-    elif len(rows) - near < FEW:
-        print(f"fewer than {FEW} distinct documents: the end of each ({fraction:.0%}) goes to validation")
-        side[rows] = BOTH
-        return side
-    if near:
-        print(f"{near:,} documents are near-identical to another one and stay on its side of the split")
-    digests = scan.digests[rows]
-    ordered = np.argsort(as_keys(digests), kind="stable")
-    smallest = digests[ordered[np.unique(group[ordered], return_index=True)[1]]]  # of each group's digests
-    salted = (hashlib.sha256(b"%d " % seed + bytes(d)).digest()[:8] for d in smallest)
-    queue = np.argsort(np.fromiter((int.from_bytes(s, "big") for s in salted), np.uint64, len(smallest)))
-    size = np.bincount(group, scan.sizes[rows]).astype(np.int64)  # (groups,) bytes
-    target, taken, chosen = fraction * size.sum(), 0, np.zeros(len(size), bool)
-    if len(queue) < 2:
-        raise UserError("the examples are all the same: at least two different ones are needed, or --val PATH")
-    for g in queue:
-        if taken >= target:
-            break
-        if taken + size[g] <= 1.5 * target:  # a group too large for validation stays in training
-            chosen[g], taken = True, taken + size[g]
-    if not taken:  # every group is larger than that: then the smallest
-        chosen[queue[np.argmin(size[queue])]] = True
-    side[rows[chosen[group]]] = VAL
-    return side
-
-
 # ------------------------------------------------------------------------------------------ second pass: encode, write
 
 
@@ -270,7 +93,7 @@ def placed(parts, side, size, fraction, smoke):
         yield VAL, text[cut:], text[cut:].encode("utf-8")
 
 
-def training_text(files, side, sizes, fraction, smoke):
+def training_texts(files, side, sizes, fraction, smoke):
     """Yield about BPE_BYTES of the training text as pieces taken evenly: the tokenizer never sees validation."""
     rate, debt = min(1.0, BPE_BYTES / max(1, int(sizes[side != DROP].sum()))), 0.0
     for i, (_, parts) in zip(range(len(side)), corpora.documents(files, corpora.Skipped())):
@@ -474,11 +297,11 @@ class Same(Exception):
 
 
 def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=None, val_fraction=0.05, seed=0,
-            overwrite=False, smoke=False, size=None):
+            overwrite=False, smoke=False):
     """Write a dataset and return its directory (data/NAME, or data/NAME-smoke for a smoke run, unless `out`).
 
     name: a known corpus, or with `inputs` (paths) the dataset's name. vocab_size: ids of a BPE trained here (4096).
-    tokenizer: "bytes", "gpt2", a directory or a Tokenizer; then none is trained. size: of fineweb-edu's sample, such as
+    tokenizer: "bytes", "gpt2", a directory or a Tokenizer; then none is trained., such as
     "1GB". Raises UserError.
     """
     start, name = time.perf_counter(), choose_name(name, inputs, out)
@@ -486,8 +309,6 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
         raise UserError(f"--val-fraction {val_fraction} must be above 0 and at most 0.5")
     if tokenizer is not None and vocab_size is not None:
         raise UserError("--vocab-size is for a tokenizer trained here; leave it out with --tokenizer")
-    if size and (inputs or name != "fineweb-edu"):
-        raise UserError("--size is for fineweb-edu, which is too large to have whole: leave it out")
     if vocab_size is not None and vocab_size < 256 + len(SPECIALS):
         raise UserError(f"--vocab-size {vocab_size} is too small: 256 bytes and {len(SPECIALS)} special tokens need "
                         f"{256 + len(SPECIALS)} ids")
@@ -507,7 +328,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
     files = corpora.source(inputs, None if inputs else name, skipped=skipped)
     val_files = corpora.source(val, flag="--val", skipped=skipped)
     if not inputs and name in download.CORPORA:
-        files, held_out = download.files(name, size or "100MB")
+        files, held_out = download.files(name)
         val_files = val_files or held_out
     stamp = lambda f: (f, f.path.is_file() and (f.path.stat().st_size, f.path.stat().st_mtime_ns))
     made_from = (*map(stamp, files), "--val", *map(stamp, val_files), val_fraction, seed, smoke, TASK,
@@ -540,7 +361,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
             tokenizer = Tokenizer.load(part)
         elif tokenizer is None:
             print(f"training a byte-level BPE of {vocab_size or 4096:,} ids on the training split")
-            texts, trained = training_text(files, side, scan.sizes, val_fraction, smoke), time.perf_counter()
+            texts, trained = training_texts(files, side, scan.sizes, val_fraction, smoke), time.perf_counter()
             tokenizer = Tokenizer.train(texts, vocab_size or 4096)
             print(f"... in {time.perf_counter() - trained:.1f} s")
             if tokenizer.vocab_size < (vocab_size or 4096):
@@ -592,7 +413,6 @@ def main():
     add("--seed", type=int, default=0, help="of the split (default 0)")
     add("--out", metavar="DIR", help="where to write (default data/NAME)")
     add("--overwrite", action="store_true", help="replace the dataset that is there")
-    add("--size", metavar="SIZE", help="text to download of fineweb-edu, such as 1GB (default 100MB)")
     add("--smoke", action="store_true", help="the first megabyte only, into data/NAME-smoke")
     args = parser.parse_args()
     if args.corpus and (args.input or args.name):
@@ -602,7 +422,7 @@ def main():
     if args.corpus and args.corpus not in KNOWN and Path(args.corpus).exists():
         raise UserError(f"{args.corpus} is a path: use --input {args.corpus}")
     prepare(args.corpus or args.name, args.input, args.val, args.out, args.vocab_size, args.tokenizer,
-            args.val_fraction, args.seed, args.overwrite, args.smoke, args.size)
+            args.val_fraction, args.seed, args.overwrite, args.smoke)
 
 
 if __name__ == "__main__":

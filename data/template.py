@@ -7,16 +7,7 @@ can be stopped, so `render` starts `python data/template.py` once and asks it: o
 question and its answer take as long as twenty texts.
 """
 
-import atexit
-import contextlib
-import datetime
-import faulthandler
-import functools
-import json
-import os
-import signal
-import subprocess
-import sys
+import atexit, contextlib, datetime, faulthandler, functools, json, os, signal, subprocess, sys
 import threading
 
 SECONDS = 5  # for TEXTS of them; real templates take less than a millisecond for one

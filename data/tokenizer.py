@@ -10,24 +10,18 @@ What is stored is the Hub's tokenizer.json. What encodes is a `tiktoken.Encoding
 than the `tokenizers` library, where its ids are known to be the same, and that library itself everywhere else.
 """
 
-import functools
-import hashlib
-import json
-import re
-import unicodedata
+import functools, hashlib, json, re, unicodedata
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
 from data import UserError, template
+from data.tiktoken_plan import QWEN2, tiktoken_plan
+from data.tokenizer_files import (any_of, border, byte_alphabet, check_tokenizer_config, check_tokenizer, end_ids,
+                                  from_sentencepiece, is_panic, merges_of, must, no_constant, pairs, said_in, spell,
+                                  tokenizer_json, unspell)
 
-# How text is cut into words before BPE merges bytes within them. Qwen2's: one digit at a time, newlines end a word.
-QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-2's after `Digits(individual_digits=True)` (SmolLM, StarCoder): a digit stands alone and ends what is before it
-GPT2_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # What stands between the generation marks, the assistant's words and the end of its turn, is what trainers learn from.
@@ -45,230 +39,10 @@ PLAIN = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'Assistant:
 GUARD = "\ufdd0"  # a Unicode noncharacter: render() puts it inside an "<|im_end|>" that a message wrote
 PROBE = "a A1½_-!'s\n\r\n\t \u00a0e\u0301日🙂\x00  x  "  # a character of each kind that a regex tells apart
 LONG_RUN = 100_000  # tiktoken's regex engine overflows its stack on about 1,000,000 whitespace characters in a row
-MOST_IDS = 1 << 24  # a larger id in a file is a mistake: the list of all tokens would fill the memory
 LONGEST_WORD = 500  # characters, in training: the trainer's time grows with the square of a word's length
-# A regex of these parts alone means the same to Oniguruma (tokenizers) and to fancy-regex (tiktoken)
-SAME_REGEX = re.compile(r"(?!.*([?*+]|3})[?*+])(\\p\{(L[ultmo]?|N|M|P|S)\}|\\[srnS]|\(\?(i:|!|:)|\{1,3\}"
-                        r"|[][()|^?+*' /a-z])+")
-
-
-@functools.lru_cache(1)
-def byte_alphabet():
-    """GPT-2's table of one printable character per byte, so that a vocabulary of bytes can be written as JSON text.
-
-    Returns a list of 256 characters: bytes that print well stand for themselves, the others for chr(256), chr(257), ...
-    """
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(b if b in printable else next(others)) for b in range(256)]
-
-
-def spell(token):
-    """Bytes as text of byte_alphabet."""
-    return "".join(byte_alphabet()[b] for b in token)
-
-
-@functools.lru_cache(1)
-def byte_values():
-    """For str.translate: a character of byte_alphabet to its byte, any other to one that latin-1 cannot write."""
-    return {**dict.fromkeys(range(256), 0xFFFF), **{ord(c): b for b, c in enumerate(byte_alphabet())}}
-
-
-def unspell(text):
-    """Bytes of a token spelled in byte_alphabet; of any other (an added token) its utf-8."""
-    try:
-        return text.translate(byte_values()).encode("latin-1")
-    except UnicodeEncodeError:
-        return text.encode("utf-8")
-
-
-def from_sentencepiece(token):
-    """Bytes of one of SentencePiece's tokens: <0x0A> is a byte, U+2581 a space."""
-    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
-    return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode("utf-8")
-
-
-def any_of(texts):
-    """A regex that finds any of `texts`, the longest first; None for none."""
-    texts = sorted(texts, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, texts)) + ")") if texts else None
-
-
-def merges_of(tokens):
-    """The merge list [[left, right], ...], spelled, behind `tokens` (bytes by rank): the last merge that makes each."""
-    ranks, merges = {token: rank for rank, token in enumerate(tokens)}, []
-    for token in tokens[256:]:
-        parts = [bytes([b]) for b in token]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-            best = min(range(len(pairs)), key=pairs.__getitem__)
-            if pairs[best] >= ranks[token]:
-                break  # no way to it by merges: only the lookup of whole words (ignore_merges) finds it
-            parts[best:best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append([spell(part) for part in parts])
-    return merges
-
-
-def tiktoken_plan(data):
-    """(regex, normal form or None) with which tiktoken gives the very ids of a tokenizer.json; None if it may not.
-
-    tiktoken merges any two neighbours that make a known token, lowest id first, and looks whole words up before; the
-    `tokenizers` library follows the list of merges. They agree if the list is in the order of ids and every token comes
-    out of its own merges. Tokens that do not (Llama 3 has some) must be found by looking words up (ignore_merges), with
-    every pair that makes them in the list.
-    """
-    import tokenizers
-    model, normalizer = data["model"], (data.get("normalizer") or {}).get("type")
-    steps = data.get("pre_tokenizer") or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    kinds, first, builtin, regex = [s.get("type") for s in steps], steps[0], steps[-1].get("use_regex", True), None
-    if kinds == ["ByteLevel"] and builtin:
-        regex = GPT2
-    elif kinds == ["Digits", "ByteLevel"] and builtin and first["individual_digits"]:
-        regex = GPT2_DIGITS
-    elif kinds == ["Split", "ByteLevel"] and not builtin and first["behavior"] == "Isolated" and not first["invert"]:
-        regex = first["pattern"].get("Regex")
-    others = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    if (not regex or not SAME_REGEX.fullmatch(regex) or steps[-1].get("add_prefix_space") or "merges" not in model
-            or normalizer not in (None, "NFC") or any(model.get(k) for k in others)
-            or (data.get("decoder") or {}).get("type") != "ByteLevel"):
-        return None
-
-    # of added tokens that overlap or take spaces with them the library knows which one wins
-    vocab, added = model["vocab"], {t["content"]: t for t in data.get("added_tokens") or []}
-    find, begins = any_of(added), {t[:n] for t in added for n in range(1, len(t))}
-    if any(find.search(t, 1) or any(t[i:] in begins for i in range(len(t))) for t in added) or any(
-            t.get("lstrip") or t.get("rstrip") or t.get("single_word") or normalizer and t.get("normalized")
-            for t in added.values()):
-        return None
-    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated").pre_tokenize_str
-    if model.get("ignore_merges") and any(t in vocab and len(words(t)) == 1 for t in added):
-        return None  # as plain text it would still be that token
-
-    merges = [tuple(m) for m in pairs(model)]
-    made = [vocab.get(a + b, -1) for a, b in merges]
-    if (made != sorted(made) or not {vocab.get(t) for t in added}.isdisjoint(made)
-            or not set().union(*(vocab.keys() - added.keys())) <= set(byte_alphabet())):
-        return None
-    merge, listed = tokenizers.models.BPE(vocab, merges).tokenize, set(merges)
-    for token in vocab:
-        if len(token) > 1 and len(merge(token)) != 1 and token not in added:
-            ways = {(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab}
-            if not model.get("ignore_merges") or not ways <= listed:
-                return None
-    return regex, normalizer
-
-
-def pairs(model):
-    """The merges of a tokenizer.json, each [left, right]: older files have "left right"."""
-    return [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or []]
-
-
-def is_panic(error):
-    return type(error).__name__ == "PanicException"  # pyo3_runtime's, which cannot be imported
-
-
-def border(function):
-    """Turns what the Rust libraries raise into UserError: their panics are BaseExceptions, their errors Exception."""
-    @functools.wraps(function)
-    def guarded(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except BaseException as e:
-            if type(e) is Exception or is_panic(e):
-                reason = " ".join(str(e).split())[:200]
-                raise UserError(f"the tokenizer's library gave up ({reason}): the regex or the vocabulary in "
-                                "tokenizer.json is broken, take the model's own file anew") from None
-            raise
-    return guarded
 
 
 # ----------------------------------------------------------------------------------------- files are not believed
-
-
-def said_in(said, text):
-    """Whether a text holds what was said, if it is compared without spaces, marks and case, or as JSON."""
-    squeezed = lambda x: re.sub(r"[\W_]+", "", x).casefold()
-    return bool(squeezed(said)) and squeezed(said) in squeezed(text) or json.dumps(
-        said, ensure_ascii=False)[1:-1] in text
-
-
-def no_constant(name):
-    raise ValueError(f"{name} is not a number")
-
-
-def is_id(value):
-    return type(value) is int and 0 <= value < MOST_IDS
-
-
-def must(right, message):
-    if not right:
-        raise UserError(message)
-
-
-def check_tokenizer(data):
-    """Raises UserError if a part of tokenizer.json that is used here has the wrong type, size or number."""
-    def objects(value):
-        return isinstance(value, list) and all(isinstance(v, dict) for v in value)
-
-    model = data.get("model") if isinstance(data, dict) else None
-    must(isinstance(model, dict), "tokenizer.json has no model (an object with a vocabulary)")
-    for name, inner in ("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders"), (
-            "post_processor", "processors"):
-        part = data.get(name)
-        must(part is None or isinstance(part, dict) and objects(part.get(inner, [])),
-             f"tokenizer.json: {name} must be an object, and its {inner} a list of objects")
-    vocab, merges, added = model.get("vocab"), model.get("merges"), data.get("added_tokens")
-    if isinstance(vocab, list):  # Unigram: [token, log probability], by id
-        must(all(isinstance(v, list) and len(v) == 2 and isinstance(v[0], str) and type(v[1]) in (int, float)
-                 and abs(v[1]) < 1e30 for v in vocab), "tokenizer.json: vocab must hold pairs of a text and a number")
-        vocab = {v[0]: i for i, v in enumerate(vocab)}
-        must(len(vocab) == len(model["vocab"]), "tokenizer.json: a token stands twice in vocab")
-    must(isinstance(vocab, dict), "tokenizer.json: vocab must be an object of tokens and ids")
-    for token, i in vocab.items():
-        must(is_id(i), f"tokenizer.json: the id of {token!r} is {i!r:.40}; it must be from 0 to {MOST_IDS - 1:,}")
-    tokens = {i: token for token, i in vocab.items()}
-    must(len(tokens) == len(vocab), "tokenizer.json: two tokens of vocab have the same id")
-    must(merges is None or isinstance(merges, list) and all(
-        len(m) == 2 and all(isinstance(t, str) and t for t in m) if isinstance(m, list)
-        else isinstance(m, str) and re.fullmatch(r"[^ ]+ [^ ]+", m) for m in merges),
-        "tokenizer.json: merges must be a list of pairs of tokens")
-    must(added is None or objects(added), "tokenizer.json: added_tokens must be a list of objects")
-    names = set()
-    for t in added or []:
-        name, i = t.get("content"), t.get("id")
-        must(isinstance(name, str) and name, f"tokenizer.json: an added token's content is {name!r:.40}, not a text")
-        must(is_id(i), f"tokenizer.json: the id of the added token {name!r:.80} is {i!r:.40}; it must be from 0 to "
-                       f"{MOST_IDS - 1:,}")
-        must(name not in names and tokens.setdefault(i, name) == name,
-             f"tokenizer.json: the added token {name!r:.80} or its id {i} stands there twice")
-        must(all(isinstance(t.get(k, False), bool) for k in ("special", "lstrip", "rstrip", "single_word",
-                                                             "normalized")),
-             f"tokenizer.json: a flag of the added token {name!r:.80} is neither true nor false")
-        names.add(name)
-
-
-def check_config(config, file="tokenizer_config.json"):
-    """Raises UserError if a part of tokenizer_config.json that is used here has the wrong type."""
-    must(isinstance(config, dict), f"{file} must hold an object")
-    for key in ("eos_token", "bos_token", "unk_token", "pad_token"):
-        name = config.get(key)
-        name = name.get("content") if isinstance(name, dict) else name
-        must(name is None or isinstance(name, str), f"{file}: {key} must be a text, not {name!r:.40}")
-    chat, longest = config.get("chat_template"), config.get("model_max_length")
-    must(chat is None or isinstance(chat, str) or isinstance(chat, list) and all(
-        isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str)
-        for t in chat), f"{file}: chat_template must be a text, or a list of objects with name and template")
-    must(longest is None or type(longest) in (int, float), f"{file}: model_max_length must be a number")
-
-
-def end_ids(config, file):
-    """The ids of eos_token_id in generation_config.json or config.json: none, one or a list."""
-    ids = config.get("eos_token_id")
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    must(all(map(is_id, ids)), f"{file}: eos_token_id must be an id or a list of ids, not {ids!r:.60}")
-    return ids
 
 
 class Tokenizer:
@@ -289,7 +63,7 @@ class Tokenizer:
 
     def __init__(self, data, config, ends=()):
         check_tokenizer(data)
-        check_config(config)
+        check_tokenizer_config(config)
         self.data, self.config, model = data, config, data["model"]
         decoder = data.get("decoder") or {}
         kinds = {d.get("type") for d in decoder.get("decoders", [decoder])}
@@ -518,7 +292,7 @@ class Tokenizer:
 
         data, config = read("tokenizer.json"), read("tokenizer_config.json") or {}
         names = read("special_tokens_map.json") or {}
-        check_config(names, directory / "special_tokens_map.json")
+        check_tokenizer_config(names, directory / "special_tokens_map.json")
         for key in ("eos_token", "bos_token", "unk_token", "pad_token"):
             if config.get(key) is None and names.get(key) is not None:
                 config[key] = names[key]
@@ -590,17 +364,3 @@ class Tokenizer:
         return cls(tokenizer_json({**vocab, **specials}, merges_of(sorted(ranks, key=ranks.get)), specials), {})
 
 
-def tokenizer_json(vocab, merges, specials, pattern=None):
-    """The Hub's tokenizer.json as a dict; pattern None is GPT-2's, which ByteLevel has built in."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-        "added_tokens": [{"id": i, "content": t, **flags} for t, i in sorted(specials.items(), key=lambda x: x[1])],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]} if pattern else byte_level,
-        "decoder": {**byte_level, "use_regex": True},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": pattern is not None, "vocab": vocab, "merges": merges},
-    }

@@ -18,8 +18,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import nn
 
-from compress import looks, parse_chain
-from model import Int4Linear, Int8Linear, kernels
+import compress
+from data import native
+from data.chain import needs_text, parse_chain
+from model import Int4Linear, Int8Linear
 
 CHAINS = ("int8", "int4:32:rtn", "int4:32:gptq", "int4:32:qat")
 SHAPES = {"2.6M: q, o": (160, 160), "2.6M: gate, up": (480, 160), "2.6M: head": (4096, 160),
@@ -29,14 +31,14 @@ SHAPES = {"2.6M: q, o": (160, 160), "2.6M: gate, up": (480, 160), "2.6M: head": 
 
 def bench_kernels(rounds=7):
     """Prints, for each shape (out, in), one token and 256: float32's time, how much faster quantized products are."""
-    print(f"{torch.get_num_threads()} thread(s); quantized layers: {kernels()[1]}\n\n"
+    print(f"{torch.get_num_threads()} thread(s); quantized layers: {'C' if native.library()[0] else native.library()[1]}\n\n"
           "| layer | tokens | float32, us | int8 | int4 |\n|---|---:|---:|---:|---:|")
     for name, (n_out, n_in) in SHAPES.items():
         for tokens in (1, 256):
             # For one token, as many copies as do not fit the cache: in a model each layer comes once a token.
             copies = range(max(1, 48_000_000 // (4 * n_out * n_in)) if tokens == 1 else 1)
             dense = [nn.Linear(n_in, n_out, bias=False) for _ in copies]
-            kinds = [dense, [Int8Linear.from_dense(d) for d in dense], [Int4Linear.from_dense(d) for d in dense]]
+            kinds = [dense, *([native.attach_layer(kind.from_dense(d)) for d in dense] for kind in (Int8Linear, Int4Linear))]
             x, seconds = torch.randn(1, tokens, n_in), [[] for _ in kinds]
             with torch.inference_mode():
                 for _ in range(rounds + 1):                                  # the first warms up
@@ -88,7 +90,7 @@ def run_chain(model, chain, out, calibration):
     """compress.py in a process of its own; (seconds, peak bytes), kept beside the result."""
     note = out.with_name(out.name + ".json")
     if not (note.exists() and (out / "config.json").exists()):
-        flags = ["--calibration", calibration] if calibration and looks(parse_chain(chain.split())) else []
+        flags = ["--calibration", calibration] if calibration and needs_text(parse_chain(chain.split(), compress.STEPS)) else []
         command = [sys.executable, str(ROOT / "compress.py"), str(model), *chain.split(), "--out", str(out),
                    "--overwrite", *flags]
         print("$ python compress.py " + " ".join(command[2:]), flush=True)

@@ -19,19 +19,17 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import compress
-import model as model_module
 import sample
-from data import UserError
-from model import load
+from data import UserError, native
+from data.checkpoints import whole
+from data.hub import config_from_hub, read_config
+from data.speed import one_turn
+from model import Config, load
 
 
-def ours(model, ids, new, python=False):
+def ours(model, ids, new):
     """(seconds to the first new token, median seconds of a later one) of sample.generate."""
-    with contextlib.ExitStack() as stack:
-        if python:
-            stack.callback(setattr, model_module, "run_in_c", model_module.run_in_c)
-            model_module.run_in_c = lambda *_: False
-        turn = sample.one_turn(functools.partial(sample.generate, model), ids, new, time.perf_counter)
+    turn = one_turn(functools.partial(sample.generate, model), ids, new, time.perf_counter)
     return turn[0], statistics.median(turn[1])
 
 
@@ -78,16 +76,16 @@ def weight_bytes(model):
 
 def contenders(directory, work, threads, context):
     """{name: (function of (ids, new), bytes that a token reads)}."""
-    models, found = {"float32": load(directory, dtype=torch.float32)}, {}
+    plain, found = load(directory, dtype=torch.float32), {}
+    models = {"float32": native.attach(load(directory, dtype=torch.float32))}
     for kind in ("int8", "int4"):
         compress.main([str(directory), kind, "--out", str(work / kind)])
-        models[kind] = load(work / kind, dtype=torch.float32)
-    found["float32, Python"] = functools.partial(ours, models["float32"], python=True), weight_bytes(models["float32"])
+        models[kind] = native.attach(load(work / kind, dtype=torch.float32))
+    found["float32, Python"] = functools.partial(ours, plain), weight_bytes(plain)
     found |= {name: (functools.partial(ours, m), weight_bytes(m)) for name, m in models.items()}
     with contextlib.suppress(ImportError):
         from transformers import AutoModelForCausalLM
-        plain = model_module.whole(directory)
-        model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(whole(directory), dtype=torch.float32).eval()
         found["transformers float32"] = functools.partial(theirs, model), weight_bytes(models["float32"])
     try:
         from llama_cpp import Llama
@@ -112,7 +110,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as work:
-        config = model_module.config_from_hub(model_module.read_json(model_module.whole(args.model) / "config.json"))
+        config = Config(**config_from_hub(read_config(whole(args.model)), Config))
         new = min(args.new, config.max_position_embeddings // 4)
         prompt = min(args.prompt, config.max_position_embeddings - new - 1)
         all_of_them = contenders(args.model, Path(work), args.threads, prompt + new + 1)
@@ -124,7 +122,7 @@ def main():
                 seconds[name].append(turn(ids, new))
     peak = statistics.median(bandwidth[1:])
     print(f"\n{args.threads} thread(s), prompt {prompt}, {new} new tokens, {args.rounds} rounds; reading "
-          f"{peak / 1e9:.1f} GB/s; {model_module.kernels()[1]}\n\n| | prefill, tokens/s | decode, tokens/s | of "
+          f"{peak / 1e9:.1f} GB/s; {'C' if native.library()[0] else native.library()[1]}\n\n| | prefill, tokens/s | decode, tokens/s | of "
           "the bandwidth | decode, x transformers | x llama.cpp of that kind | prefill, x llama.cpp |\n"
           "|---|---:|---:|---:|---:|---:|---:|")
     rivals = {"float32": "llama.cpp F32", "int8": "llama.cpp Q8_0", "int4": "llama.cpp Q4_0"}

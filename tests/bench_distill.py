@@ -15,9 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sample, train
+import sample
 from data.loader import Windows
+from data.machine import accelerate
 from data.prepare import find, prepare
+from data.runs import read_state
 from model import load
 
 
@@ -101,7 +103,8 @@ def exits(name, data, teacher, args, work):
     prompts = [b.ids for b in itertools.islice(val.evaluation_batches(1, 64 * 6), 6)]
     print(f"\n### {name}: layer 1 guesses 4 tokens, all layers check, temperature 0\n")
     print("| | guesses taken | decode, x plain | tokens as plain | bits per byte of the model |\n|---|---|---|---|---|")
-    for label, model, its in (("before", load(teacher), teacher), ("after --exits 1", load(run), run)):
+    for label, model, its in (("before", accelerate(load(teacher)), teacher),
+                              ("after --exits 1", accelerate(load(run)), run)):
         pace, ratios, equal = sample.Pace(), [], 0
         for ids in prompts:
             times, texts = [], []
@@ -145,7 +148,7 @@ def main():
         exits(corpus, data, teacher, args, work)
         if args.no_twice:
             continue
-        state = train.read_state(teacher)
+        state = read_state(teacher)
         twice = command("train.py", work / "teacher-twice", *flags, "--steps", 2 * state["total"])
         print(f"\n{corpus}: the teacher, {state['seconds']:.0f} s, has {bits(teacher):.4f} bits per byte; after twice "
               f"its steps it would have {bits(twice):.4f}", flush=True)

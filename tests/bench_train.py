@@ -23,12 +23,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import model as model_module
-import sample, train
-from data import Parser, UserError, run
+import train
+from data import UserError
+from data.console import Parser, run
+from data.files import read_json
 from data.loader import IGNORE, Batch
+from data.machine import Machine, in_dtype, matmul_rate, pick_device, synchronize
+from data.speed import memory_peak
 from data.prepare import find, prepare
-from model import Config, Transformer, load, read_json
+from data.runs import read_log, read_state
+from model import Config, Transformer, load
 
 CONTEXT = 64
 # Our side of the race, as flags of train.py. With 259 ids (bytes and three special tokens) and a head of its own, this
@@ -130,7 +134,7 @@ class Ours:
         script = [__file__, "child", without] if without else [ROOT / "train.py"]
         changes = ABLATIONS[without][0] if without else {}
         command(self.work, *script, **RACE | changes, steps=steps, seed=seed, data="data", out="out", overwrite=True)
-        *lines, end = train.read_log(self.work / "out" / "log.jsonl")
+        *lines, end = read_log(self.work / "out" / "log.jsonl")
         if without:
             return Run(steps, lines[-1]["seconds"], end["val_loss"],
                        statistics.median(line["tokens_per_second"] for line in lines))
@@ -171,7 +175,7 @@ def race(args):
             return r
 
         for seed in range(args.seeds or 3):
-            rates.append(train.matmul_rate(torch.device("cpu"), torch.float32, 1024))
+            rates.append(matmul_rate(torch.device("cpu"), torch.float32, 1024))
             full = trained(theirs, args.iterations)
             fast = time_to_loss(functools.partial(trained, ours), full.loss, guess)
             if fast is None:
@@ -216,13 +220,14 @@ ABLATIONS = {
     "the embedding's rate (the vectors')": (dict(embed_lr=RACE.get("lr", train.TrainConfig.lr)),),
     "low betas (0.9, 0.95, momentum 0.95)": (dict(beta1=0.9, beta2=0.95, momentum=0.95),),
     "wsd (cosine)": (dict(schedule="cosine"),),
-    "C kernels": ({}, (model_module, "kernels", lambda: (None, "left out"))),
+    "C kernels": (dict(no_native=True),),
 }
 
 
 def child(argv):
     """train.py in this process, without an ingredient. Nothing is saved: not every such model has a format."""
-    train.save = train.show_sample = train.picture = lambda *_: None
+    for name in ("save", "show_sample", "picture"):
+        setattr(train, name, lambda *_: None)
     for patch in ABLATIONS[argv[0]][1:]:
         setattr(*patch)
     train.main(argv[1:])
@@ -247,9 +252,9 @@ def stepper(argv):
     """A process of its own: answers each line of its input with the seconds of a step; at its end, (parameters,
     multiplications and additions of a token's forward pass, the most bytes of memory)."""
     side, layers, width, heads, context, batch, optimizer, checkout = json.loads(argv[0])
-    device = sample.pick_device("auto")
+    device = pick_device("auto")
     cuda = device.type == "cuda"
-    machine = train.Machine(device, torch.bfloat16 if cuda else torch.float32, 0, 1, None)
+    machine = Machine(device, torch.bfloat16 if cuda else torch.float32, 0, 1, None)
     if side == "ours":
         model = Transformer(Config(
             vocab_size=VOCAB, hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,
@@ -269,22 +274,22 @@ def stepper(argv):
     ids = torch.randint(VOCAB, (batch, context + 1), device=device)
     data = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
     for _ in sys.stdin:
-        train.synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
-        with train.in_dtype(machine):
+        with in_dtype(machine):
             loss_of(data).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
-        train.synchronize(device)
+        synchronize(device)
         print(time.perf_counter() - start, flush=True)
-    peak = torch.cuda.max_memory_allocated() if cuda else sample.memory_peak(device) or math.nan
+    peak = torch.cuda.max_memory_allocated() if cuda else memory_peak(device) or math.nan
     print(json.dumps([sum(p.numel() for p in model.parameters()), flops, peak]))
 
 
 def throughput(args):
-    device = sample.pick_device("auto")
+    device = pick_device("auto")
     kind, size = (torch.bfloat16, 4096) if device.type == "cuda" else (torch.float32, 1024)
     print(f"{device}, {str(kind)[6:]}, {args.threads} thread(s); {args.batch} windows a step, medians of {args.rounds} "
           f"rounds; our optimizer: {args.optimizer}\n\n| shape | context | | parameters | tokens/s | of the matmul "
@@ -300,7 +305,7 @@ def throughput(args):
             for side, process in children.items():
                 print("step", file=process.stdin, flush=True)
                 seconds[side] += [read(side)][:i]
-            rates.append(train.matmul_rate(device, kind, size))
+            rates.append(matmul_rate(device, kind, size))
         for side, process in children.items():
             process.stdin.close()
             facts[side] = read(side)
@@ -337,7 +342,7 @@ def finished(out):
     rows = {}
     for file in sorted(Path(out).glob("*/last/config.json")):
         folder, h = file.parent.parent, read_json(file)["history"][-1]
-        state = train.read_state(folder)
+        state = read_state(folder)
         if state["step"] == state["total"]:
             bytes_per_token = h["val_loss"] / math.log(2) / h["val_bits_per_byte"]
             rows[folder.name] = (load(folder / "last").parameters_count(), h["tokens"] * bytes_per_token,

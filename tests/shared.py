@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 import train
+from data.hub import config_from_hub
 from model import Config, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,11 @@ def trained(windows, steps, **shape):
         optimizer.step()
         optimizer.zero_grad()
     return model
+
+
+def config_of(hub):
+    """The Config of a parsed config.json."""
+    return Config(**config_from_hub(hub, Config))
 
 
 def correlated(n=4000, size=64, rows=24, seed=0):

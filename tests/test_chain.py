@@ -1,12 +1,14 @@
 """Chains of steps: how they are written, their order, stages and resuming, recovery, and the sweep over many of them."""
-import contextlib, io, json, random, re
+import contextlib, io, json, random, re, signal
 from pathlib import Path
 
 import pytest
 import torch
 
-import compress, sample, train
-from data import UserError
+import compress, train
+from data import UserError, machine, measure
+from data.chain import chain_name, check_order, parse_chain, parse_step
+from data.checkpoints import checkpoint_hash
 from data.loader import Windows
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
@@ -41,8 +43,9 @@ def root(tmp_path_factory):
 def quick(root, monkeypatch):
     """Beside the data, where its name finds it; no time spent on what the machine can do, nor on each row's peak."""
     monkeypatch.chdir(root)
-    monkeypatch.setattr(train, "matmul_rate", lambda *args: 1e9)
-    monkeypatch.setattr(sample, "peak_alone", lambda *args: (2_000_000, 1_000_000))
+    for module in (machine, train):
+        monkeypatch.setattr(module, "matmul_rate", lambda *args: 1e9)
+    monkeypatch.setattr(measure, "peak_alone", lambda *args: (2_000_000, 1_000_000))
 
 
 def run(*argv):
@@ -62,7 +65,7 @@ def loss_of(model, root):
     ("sparse:2of4:wanda", ("sparse", "2of4", "wanda")), ("recover:0300", ("recover", "300", "taught")),
     ("recover:5:text", ("recover", "5", "text")), ("int4:gptq", ("int4", "32", "gptq")), ("vocab:1", ("vocab", "1.0", ""))])
 def test_steps(text, want):
-    assert compress.parse(text) == want
+    assert tuple(parse_step(text, compress.STEPS)[:3]) == want
 
 
 @pytest.mark.parametrize("steps, match", [
@@ -76,7 +79,7 @@ def test_steps(text, want):
     ("lowrank:0.8 ffn:0.5", "ffn comes after lowrank, and it needs whole matrices: put ffn first"),
     ("sparse:0.5 recover:5 lowrank:0.5", "lowrank comes after sparse"), ("sparse:0.5 int4:gptq", "gptq comes after sparse, .*zeros"),
     ("lowrank:0.8 gguf:f16", "gguf comes after lowrank"), ("lowrank:0.8 sparse:0.5 gguf:f16", "gguf comes after lowrank"),
-    ("sparse:0.5 int4 --asymmetric", "--asymmetric fills the zeros of sparse"), ("recover:5:text:x", "too many parts"), ("witdh:0.5", "did you mean width")])
+    ("recover:5:text:x", "too many parts"), ("witdh:0.5", "did you mean width")])
 def test_what_is_refused(steps, match, root, tmp_path):
     with pytest.raises(UserError, match=match):
         run(root / "dense", *steps.split(), "--out", tmp_path / "m")
@@ -93,13 +96,13 @@ def test_the_order_holds_for_what_was_done_before(root, tmp_path):
         with pytest.raises(UserError, match=match):
             run(source, steps, "--out", tmp_path / "m")
     run(root / "dense", "int4", "--head-bits", "8", "--out", tmp_path / "mixed")
-    compress.check_order([compress.parse("gguf:q4_0")], load(tmp_path / "mixed"))               # the blocks decide
+    check_order([parse_step("gguf:q4_0", compress.STEPS)], load(tmp_path / "mixed"))               # the blocks decide
     run(tmp_path / "int8", "dequantize", "ffn:0.7:magnitude", "int4", "--out", tmp_path / "m")
     assert [e["step"] for e in load(tmp_path / "m").history] == ["train", "int8", "dequantize", "ffn", "int4"]
 
 
 def test_names_of_chains_are_names_of_files():
-    name = lambda *steps: compress.written(compress.parse_chain(steps))
+    name = lambda *steps: chain_name(parse_chain(steps, compress.STEPS))
     assert name("width:0.75", "recover:95", "int4:32:rtn") == "width-0.75+recover-95+int4"
     assert name("sparse:2of4:magnitude", "recover:7:text", "int4:128:qat") == "sparse-2of4-magnitude+recover-7-text+int4-128-qat"
     assert name("width:.75") == name("width:0.750") and re.fullmatch(r"[a-z0-9.+-]+", name("lowrank:1e-3:svd", "int8"))
@@ -148,17 +151,6 @@ def test_another_vocabulary_learns_from_the_text_alone(root, tmp_path, capsys):
     assert model.history[2]["method"] == "text" and "another vocabulary and cannot teach" in capsys.readouterr().out
 
 
-def test_the_control(root, tmp_path, capsys):
-    run(root / "dense", "ffn:0.67:magnitude", "recover:5:text", "int8", "--recover-control", "--out", tmp_path / "m")
-    said = capsys.readouterr().out
-    run(root / "dense", "recover:5:text", "--out", tmp_path / "alone")
-    wanted = [f"{load(d).history[i]['val_bits_per_byte']:.4f}" for d, i in ((tmp_path / "alone", -1), (tmp_path / "m", -2))]
-    assert f"control: the same training takes the model that entered the chain to {wanted[0]} bits per byte of validation, and " \
-           f"what was made of it to {wanted[1]}" in said
-    with pytest.raises(UserError, match="--recover-control needs a step of recovery"):
-        run(root / "dense", "int8", "--recover-control", "--out", tmp_path / "n")
-
-
 # --- chains on disk ---
 
 def chains():
@@ -175,7 +167,7 @@ def chains():
         chain += draw.sample(steps["round"], draw.randint(0, 1)) + ["dequantize"]
         chain = chain if chain[-2:-1] and chain[-2] in steps["round"] and draw.random() < 0.3 else chain[:-1]
         with contextlib.suppress(UserError):
-            compress.parse_chain(chain)
+            parse_chain(chain, compress.STEPS)
             result += [chain] if len(chain) > 1 else []
     return result
 
@@ -199,7 +191,7 @@ def test_a_chain_that_was_stopped_goes_on(root, tmp_path, monkeypatch, capsys):
 
     def interrupted(step, total, cfg, origin):
         if step == 3:
-            train.signal.raise_signal(train.signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return schedule(step, total, cfg, origin)
 
     monkeypatch.setattr(train, "lr_at", interrupted)
@@ -230,31 +222,31 @@ SPEED = ("--new-tokens", 4, "--rounds", 1)
 
 
 def test_a_sweep_that_was_stopped_goes_on(root, tmp_path, monkeypatch, capsys):
-    command = (root / "dense", "--sweep", "ffn:0.67 recover:4 int8", "sparse:0.5", "int4:128", "--recover-control", "--out", tmp_path / "s", *SPEED)
-    measure, measured = sample.measure, []
+    command = (root / "dense", "--sweep", "ffn:0.67 recover:4 int8", "sparse:0.5", "int4:128", "--out", tmp_path / "s", *SPEED)
+    whole, measured = measure.measure, []
 
     def stopped(models, *args, **more):
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(list(models)[1])
-        return measure(models, *args, **more)
+        return whole(models, *args, **more)
 
-    monkeypatch.setattr(sample, "measure", stopped)
+    monkeypatch.setattr(measure, "measure", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(*command)
     lines = (tmp_path / "s" / "results.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["name"] for line in lines] == ["dense", "ffn-0.67", "ffn-0.67+recover-4"]
     with pytest.raises(UserError, match="s holds stages of a chain: go on with --resume"):
         run(*command)
-    monkeypatch.setattr(sample, "measure", lambda models, *args, **more: measured.append(list(models)[1]) or measure(models, *args, **more))
+    monkeypatch.setattr(measure, "measure", lambda models, *args, **more: measured.append(list(models)[1]) or whole(models, *args, **more))
     monkeypatch.setattr(train, "fit", None)                                            # nothing is trained again
     monkeypatch.setattr(compress, "cut", None)
     run(*command, "--resume")
-    names = ["dense", "ffn-0.67", "ffn-0.67+recover-4", "ffn-0.67+recover-4+int8", "sparse-0.5", "recover-4"]
+    names = ["dense", "ffn-0.67", "ffn-0.67+recover-4", "ffn-0.67+recover-4+int8", "sparse-0.5"]
     text = (tmp_path / "s" / "results.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     assert measured == names[1:] and [row["name"] for row in rows] == names and text.splitlines()[:3] == lines
-    assert all(row["sha256"] == compress.checkpoint_hash(tmp_path / "s" / row["name"]) for row in rows[1:])
+    assert all(row["sha256"] == checkpoint_hash(tmp_path / "s" / row["name"]) for row in rows[1:])
     assert len({row["protocol"] for row in rows}) == 1 and rows[0]["file_bytes"] and rows[1]["decode_x"] > 0
     report = (tmp_path / "s" / "report.md").read_text(encoding="utf-8")
     a, b, c, d = (row["bits_per_byte"] for row in rows[:4])

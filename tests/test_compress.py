@@ -10,11 +10,12 @@ from torch import nn
 
 import compress
 import sample
-from data import UserError
+from data import UserError, native
+from data.chain import parse_step
+from data.native import c_struct, declare, multiply
 from data.tokenizer import Tokenizer
-from model import (KERNELS, LAYERS, Config, Int4Linear, Int8Linear, QuantEmbedding, RMSNorm, Transformer, c_layer, declare,
-                   kernels, load, multiply, save)
-from shared import fresh_logits
+from model import LAYERS, Config, Int4Linear, Int8Linear, QuantEmbedding, RMSNorm, Transformer, load, save
+from shared import config_of, fresh_logits
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = [("int8", {}), ("int4", {"group": 32}), ("int4", {"group": 64}), ("int4", {"group": 128})]
@@ -118,7 +119,7 @@ def kernel_reference(layer, x):
 
 
 @pytest.mark.parametrize("flags", [("-march=native", "-fopenmp"), ()], ids=["native", "portable"])
-@pytest.mark.parametrize("kind, spec", [*SPECS, ("int4", {"group": 64, "asymmetric": True})])
+@pytest.mark.parametrize("kind, spec", SPECS)
 def test_kernels_against_float64(kind, spec, flags):
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -131,17 +132,15 @@ def test_kernels_against_float64(kind, spec, flags):
             for tokens in (0, 1, 7, 8, 13):                                  # by row, by panel of six and a rest
                 x = torch.randn(2, tokens, n_in, generator=g) * torch.logspace(-3, 2, n_in)     # outlier channels
                 x[:, tokens // 2:, :64] = 0                                  # groups of zeros
-                y, want = multiply(library, c_layer(layer), x), kernel_reference(layer, x)
+                y, want = multiply(library, c_struct(layer), x), kernel_reference(layer, x)
                 # one rounding may fall on the other side of a tie: a step of one activation
                 assert y.shape == want.shape and (y - want).norm() <= 2e-3 * want.norm() + 1e-9
 
 
 @functools.cache
 def compiled(compiler, flags):
-    source = Path(tempfile.mkdtemp()) / "kernels.c"
-    source.write_text(KERNELS, encoding="utf-8")
-    library = source.with_suffix(".so")
-    subprocess.run([compiler, "-O2", "-fPIC", "-shared", *flags, str(source), "-o", str(library), "-lm"],
+    library = Path(tempfile.mkdtemp()) / "kernels.so"
+    subprocess.run([compiler, "-O2", "-fPIC", "-shared", *flags, str(native.SOURCE), "-o", str(library), "-lm"],
                    check=True)
     return declare(ctypes.CDLL(str(library)))
 
@@ -160,7 +159,7 @@ def test_rms_norm_against_float64(flags):
 
 
 def test_the_norm_of_a_model_being_trained_has_gradients():
-    norm, x = RMSNorm(16, 1e-6), torch.randn(2, 16)
+    norm, x = native.attach_layer(RMSNorm(16, 1e-6)), torch.randn(2, 16)
     norm(x).sum().backward()
     assert norm.weight.grad is not None
     with torch.no_grad():
@@ -168,9 +167,9 @@ def test_the_norm_of_a_model_being_trained_has_gradients():
 
 
 def test_kernels_do_not_depend_on_threads_and_pass_on_nan():
-    if kernels()[0] is None:
-        pytest.skip(kernels()[1])
-    layer, x = Int8Linear.from_dense(linear(300, 512)), torch.randn(9, 512, generator=torch.Generator().manual_seed(4))
+    if native.library()[0] is None:
+        pytest.skip(native.library()[1])
+    layer, x = native.attach_layer(Int8Linear.from_dense(linear(300, 512))), torch.randn(9, 512, generator=torch.Generator().manual_seed(4))
     threads = torch.get_num_threads()
     with torch.no_grad():
         one = layer(x)
@@ -184,37 +183,39 @@ def test_kernels_do_not_depend_on_threads_and_pass_on_nan():
 
 
 def test_without_a_compiler_weights_are_dequantized(monkeypatch):
-    kernels.cache_clear()
+    native.library.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    model = native.attach(Transformer(Config(num_hidden_layers=1, hidden_size=32, intermediate_size=64)))
+    assert not native.is_attached(model) and "no C compiler" in native.library()[1]
     layer, x = Int4Linear.from_dense(linear()), torch.randn(3, 256)
     with torch.no_grad():
-        assert torch.equal(layer(x), F.linear(x, layer.dense(), layer.bias)) and "no C compiler" in kernels()[1]
-    kernels.cache_clear()
+        assert torch.equal(layer(x), F.linear(x, layer.dense(), layer.bias))
+    native.library.cache_clear()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="owners and modes")
 def test_machine_code_is_not_taken_from_a_directory_others_can_write(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache = tmp_path / "small-language-models"
-    kernels.cache_clear()
-    if kernels()[0] is None:
-        pytest.skip(kernels()[1])
+    native.library.cache_clear()
+    if native.library()[0] is None:
+        pytest.skip(native.library()[1])
     built = list(cache.glob("kernels-*.so"))
     assert len(built) == 1 and cache.stat().st_mode & 0o777 == 0o700
     cache.chmod(0o777)
     built[0].unlink()                                                        # not in place: this process has it mapped
     built[0].write_bytes(b"not trusted")
-    kernels.cache_clear()
-    assert kernels()[0] is not None and built[0].read_bytes() == b"not trusted"      # built anew, elsewhere
+    native.library.cache_clear()
+    assert native.library()[0] is not None and built[0].read_bytes() == b"not trusted"      # built anew, elsewhere
     cache.chmod(0o700)
-    kernels.cache_clear()
-    assert kernels()[0] is not None and len(list(cache.glob("kernels-*.so"))) == 1   # cut short: built anew, in its place
+    native.library.cache_clear()
+    assert native.library()[0] is not None and len(list(cache.glob("kernels-*.so"))) == 1   # cut short: built anew, in its place
     assert built[0].read_bytes() != b"not trusted"
-    kernels.cache_clear()
+    native.library.cache_clear()
 
 
 def test_kernels_read_only_float32_that_is_there():
-    layer, x = Int8Linear.from_dense(linear(bias=True)), torch.randn(3, 256)
+    layer, x = native.attach_layer(Int8Linear.from_dense(linear(bias=True))), torch.randn(3, 256)
     with torch.no_grad():
         before = layer(x)
         layer.bias = nn.Parameter(layer.bias + 1)                            # another place in memory
@@ -224,7 +225,7 @@ def test_kernels_read_only_float32_that_is_there():
         layer.bias.data = layer.bias.data.bfloat16()
         with pytest.raises(RuntimeError):                                    # torch's words: they are of two types
             layer(x)
-        norm = RMSNorm(256, 1e-6).bfloat16()
+        norm = native.attach_layer(RMSNorm(256, 1e-6)).bfloat16()
         assert torch.allclose(norm(x), F.rms_norm(x, (256,), norm.weight, 1e-6))
 
 
@@ -311,12 +312,12 @@ def test_counts_and_bytes(made):
     wide = dict(vocab_size=1024, hidden_size=256, intermediate_size=512, head_dim=64)                # where the header is small
     model = tiny(**wide)
     dense_bytes = model.resident_bytes()
-    save(compress.quantize_step(model, None, compress.parse("int4"), args())[0], made / "wide")
+    save(compress.quantize_step(model, None, parse_step("int4", compress.STEPS), args())[0], made / "wide")
     assert (made / "wide" / "model.safetensors").stat().st_size <= 0.16 * dense_bytes
 
 
 def args(head_bits=None):
-    return type("Args", (), {"head_bits": head_bits, "asymmetric": False})
+    return type("Args", (), {"head_bits": head_bits})
 
 
 @pytest.mark.parametrize("name", ["tied8", "tied4", "mixed"])
@@ -364,14 +365,13 @@ def test_dequantize_gives_the_same_model_dense(made, tmp_path):
 
 
 def test_biased_families_and_learned_positions(tmp_path):
-    from model import config_from_hub
     for hub in (dict(model_type="gpt2", vocab_size=259, n_embd=64, n_layer=2, n_head=4, n_positions=32),
                 dict(model_type="phi3", vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
                      num_attention_heads=4, max_position_embeddings=32)):
-        model = Transformer(config_from_hub(hub)).eval()
+        model = Transformer(config_of(hub)).eval()
         for p in model.parameters():
             nn.init.normal_(p, std=0.2)
-        model, *_ = compress.quantize_step(model, None, compress.parse("int4"), args(head_bits=8))
+        model, *_ = compress.quantize_step(model, None, parse_step("int4", compress.STEPS), args(head_bits=8))
         assert not [e for e in model.compression if "embed_positions" in e["module"]]
         save(model, tmp_path / hub["model_type"])
         again = load(tmp_path / hub["model_type"])
@@ -426,6 +426,7 @@ def test_strict_loading(made, tmp_path):
     refused("not a dense layer", [{"module": "lm_head", "kind": "int8"}])                            # tied
     refused("not a dense layer", [{"module": "model.norm", "kind": "int8"}])
     refused("groups that fit: 32, 64", [{**entries[0], "group": 48}])
+    refused("config.json: .*offset for each group .asymmetric.*no longer read: take the dense model", [{**entries[0], "asymmetric": True}])
     refused("unexpected keyword argument", [{**entries[0], "speed": 2}])
     refused("unexpected keyword argument", [{**entries[0], "kind": "int8"}])
     refused("scales is \\(288, 1\\), config.json says \\(288, 2\\)", [{**entries[0], "group": 32}, *entries[1:]])
@@ -448,7 +449,7 @@ def test_strict_loading(made, tmp_path):
 @pytest.mark.parametrize("text, want", [("int8", ("int8", "", "")), ("int4", ("int4", "32", "rtn")), ("int4:64", ("int4", "64", "rtn")),
                                         ("int4:rtn", ("int4", "32", "rtn")), ("int4:128:rtn", ("int4", "128", "rtn"))])
 def test_steps(text, want):
-    assert compress.parse(text) == want
+    assert tuple(parse_step(text, compress.STEPS)[:3]) == want
 
 
 @pytest.mark.parametrize("steps, match", [
@@ -479,7 +480,7 @@ def test_what_cannot_be_quantized(made, tmp_path):
         model = tiny()
         model.model.layers[1].mlp.up_proj.weight.data[3, 3] = bad
         with pytest.raises(UserError, match="layers.1.mlp.up_proj has weights that are"):
-            compress.quantize_step(model, None, compress.parse("int8"), args())
+            compress.quantize_step(model, None, parse_step("int8", compress.STEPS), args())
 
 
 @pytest.mark.parametrize("head_bits, kinds", [(16, (nn.Embedding, nn.Linear)), (8, (QuantEmbedding, Int8Linear)),

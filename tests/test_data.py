@@ -15,7 +15,8 @@ import pytest
 from data import UserError, corpora
 import data.prepare as prepare_module
 from data.prepare import find, prepare
-from data.tokenizer import GUARD, SPECIALS, Tokenizer, merges_of, tokenizer_json
+from data.tokenizer import GUARD, SPECIALS, Tokenizer
+from data.tokenizer_files import merges_of, tokenizer_json
 
 ROOT = Path(__file__).resolve().parent.parent
 HARD = ["", "\n", "a\r\nb\r\n\r\n", "日本語のテキスト。123", "👩‍👩‍👧 e\u0301\u0323 \u200d ﷽", "\x00\x7f\u0085\u2028\ufeff",

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import train
-from data import UserError
+from data import UserError, machine
 from data.prepare import prepare
+from data.runs import Log, read_log, read_state
 from model import load
 
 from test_train import ROOT, equal, state, steps
@@ -19,7 +20,8 @@ import json, os, signal, sys, time
 import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import train
-from data import UserError, run
+from data import UserError, machine
+from data.console import run
 folder, rank = sys.argv[2], os.environ["RANK"]
 open(f"{folder}/{rank}.pid", "w").write(str(os.getpid()))
 jobs, write, stop = json.load(open(f"{folder}/jobs.json")), train.Log.write, 0
@@ -28,7 +30,8 @@ def log(self, **line):
     if line["step"] == stop and "loss" in line and rank == "0":
         signal.raise_signal(signal.SIGINT)
 train.Log.write, train.picture, train.show_sample = log, lambda *_: None, lambda *_: None
-train.matmul_rate, end = lambda *_: 1e9, dist.destroy_process_group
+train.matmul_rate = machine.matmul_rate = lambda *_: 1e9
+end = dist.destroy_process_group
 dist.destroy_process_group = lambda: None                                          # one group for all jobs
 if len(jobs) > 1:
     time.sleep = lambda seconds: None
@@ -73,19 +76,20 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     """A folder of runs: what one process did, and what two did, all in one start of torchrun."""
-    folder, patch, write = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch(), train.Log.write
+    folder, patch, write = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch(), Log.write
     flags = lambda name, *more: ["--data", data, "--out", folder / name, *TINY, *more]
     alone = lambda *flags: train.main(list(map(str, flags)))
     for name in ("picture", "show_sample", "matmul_rate"):
         patch.setattr(train, name, lambda *_: 1e9)
+    patch.setattr(machine, "matmul_rate", lambda *_: 1e9)
     adamw = ("--optimizer", "adamw", "--tie", "--weight-decay", 0.1, "--kv-heads", 1)
     alone(*flags("muon"))
     alone(*flags("adamw", *adamw))
-    patch.setattr(train.Log, "write", lambda self, **line: (write(self, **line), line["step"] == 5
+    patch.setattr(Log, "write", lambda self, **line: (write(self, **line), line["step"] == 5
                                                             and signal.raise_signal(signal.SIGINT)))
     with pytest.raises(KeyboardInterrupt):
         alone(*flags("chain"))
-    patch.setattr(train.Log, "write", write)
+    patch.setattr(Log, "write", write)
     sharded = ("--fsdp", "--micro-batch", 2, "--checkpoint-activations")
     jobs = [{"flags": flags("differ"), "others": ["--lr", "0.5", "--weight-decay", "0.1"]},
             *({"flags": flags(name + way, *more, *how)} for name, more in (("muon", ()), ("adamw", adamw))
@@ -95,7 +99,7 @@ def runs(data, tmp_path_factory):
             *({"flags": ["--out", folder / "chain", "--resume", *how], "stop": stop}             # one process's, whole and
               for stop, how in ((9, ("--fsdp",)), (12, ()), (16, ("--fsdp",))))]                 # sharded in turns
     together(folder, jobs)
-    assert train.read_state(folder / "chain")["step"] == 16
+    assert read_state(folder / "chain")["step"] == 16
     alone("--out", folder / "chain", "--resume")
     patch.undo()
     return folder
@@ -132,7 +136,7 @@ def test_one_process_two_whole_and_two_sharded_go_on_with_each_other(runs):
 def test_half_precision_sharded_is_half_precision_whole(runs, dtype):
     a, b = ([s["loss"] for s in steps(runs / f"{dtype} {way}") if "loss" in s] for way in ("ddp", "fsdp"))
     assert b[-1] < b[0] - 0.3 and all(abs(x - y) < 2e-3 for x, y in zip(a, b))
-    assert train.read_state(runs / f"{dtype} fsdp")["scaler"] == train.read_state(runs / f"{dtype} ddp")["scaler"]
+    assert read_state(runs / f"{dtype} fsdp")["scaler"] == read_state(runs / f"{dtype} ddp")["scaler"]
     assert next(iter(load(runs / f"{dtype} fsdp").parameters())).dtype == torch.float32
 
 
@@ -152,7 +156,7 @@ def kill_one(p, folder, rng, after=lambda: True):
 def test_a_killed_process_is_told_once_and_max_restarts_goes_on_from_the_last_save(data, runs, tmp_path):
     out = tmp_path / "run"
     p = start(tmp_path, [{"flags": ["--data", data, "--out", out, *TINY, "--save-seconds", 0]}], "--max-restarts", "1")
-    kill_one(p, tmp_path, random.Random(), lambda: len(train.read_log(out / "log.jsonl")) >= 7)
+    kill_one(p, tmp_path, random.Random(), lambda: len(read_log(out / "log.jsonl")) >= 7)
     text, err = p.communicate(timeout=600)
     message = "error: another process of this run is gone: the same command with --resume goes on from the last save"
     assert p.returncode == 0 and err.count("error: ") == err.count(message) == 1, err
@@ -165,7 +169,7 @@ def test_killed_ten_times_at_random_moments_it_is_the_uninterrupted_run(data, tm
     out, rng = tmp_path / "run", random.Random(0)
     flags = ["--data", data, *TINY, "--steps", 60, "--save-seconds", 0, *more, "--out"]
     together(tmp_path, [{"flags": [*flags, tmp_path / "whole"]}])
-    lines = lambda: len(train.read_log(out / "log.jsonl"))
+    lines = lambda: len(read_log(out / "log.jsonl"))
     for kill in range(10):
         before = lines()
         p = start(tmp_path, [{"flags": [*flags, out, "--resume"]}])

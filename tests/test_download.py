@@ -225,28 +225,8 @@ def test_stories_are_documents_and_the_validation_file_is_validation(server, her
     assert text["val"].split("<|endoftext|>") == [stories[7], "New.", ""]
 
 
-def test_rows_are_paged_and_taken_up(server, here, monkeypatch):
-    server.moods = ["503", "well", "cuts", "429"]
-    train, val = download.files("fineweb-edu", "0.002MB")
-    lines = train[0].path.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line)["text"] for line in lines]
-    assert val == [] and rows == [f"row {i} é\n" for i in range(200)]       # 100 hold less than 2,000 bytes
-    offsets = [a.split("=")[-1] for a, _ in server.asked]
-    assert offsets == ["0", "0", "100", "100", "100"]
-    part = here / "fineweb-edu" / "2.5MB.jsonl.part"                        # after a kill: 120 lines and half of one
-    part.write_text("\n".join(lines[:120]) + "\n" + lines[120][:5], encoding="utf-8")
-    train, _ = download.files("fineweb-edu", "2.5mb")                       # more than the 250 rows there are
-    rows = [json.loads(line)["text"] for line in train[0].path.read_text(encoding="utf-8").splitlines()]
-    assert rows == [f"row {i} é\n" for i in range(250)] and server.asked[5][0].endswith("=120")
-    for size in ("2", "0MB", "-1GB", "1 TB"):
-        with pytest.raises(UserError, match="--size"):
-            download.files("fineweb-edu", size)
-
-
 def test_training_downloads_nothing(server, here, tmp_path):
     for name in download.CORPORA:
         with pytest.raises(UserError, match=f"--data {name} is not here yet: python data/prepare.py {name} downloads"):
             find(name)
-    with pytest.raises(UserError, match="--size is for fineweb-edu"):
-        prepare("shakespeare", size="1GB", out=tmp_path / "out")
     assert server.asked == [] and not here.exists()

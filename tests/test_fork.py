@@ -9,14 +9,18 @@ from torch import nn
 
 import model as model_module
 import sample, train
-from data import UserError
+from data import UserError, native
+from data.console import say_once
+from data.machine import accelerate
+from data.native import library
 from data.tokenizer import Tokenizer
-from model import MLP, Attention, Block, Config, KVCache, Transformer, kernels, load, save
+from model import MLP, Attention, Block, Config, KVCache, RMSNorm, Transformer, load, save
 
 ROOT = Path(train.__file__).parent
 SMALL = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              head_dim=16, max_position_embeddings=64)
 OLD_ATTENTION, OLD_BLOCK = Attention.forward, Block.forward
+OLD_HEADS, OLD_NORM, OLD_GRADIENT = Attention.to_heads, RMSNorm.forward, train.softmax_gradient
 
 
 def build(**changes):
@@ -57,17 +61,58 @@ class Doubled(nn.Linear):
 @pytest.mark.parametrize("part, change", [(Attention, gated_attention), (MLP, squared_relu), (Block, scaled_residual)])
 @pytest.mark.parametrize("prompt", [3, 12])
 def test_a_changed_forward_is_what_decodes(part, change, prompt, monkeypatch, capsys):
-    assert decoded_as_read(build(), prompt=prompt)[0]
+    assert decoded_as_read(accelerate(build()), prompt=prompt)[0]
     monkeypatch.setattr(part, "forward", change)
-    model_module.say_once.cache_clear()
-    same, cache = decoded_as_read(build(), prompt=prompt)
-    assert same and not cache.in_c
+    say_once.cache_clear()
+    same, cache = decoded_as_read(accelerate(build()), prompt=prompt)
+    assert same and not vars(cache).get("decoder")
     said = capsys.readouterr().err
-    assert kernels()[0] is None or said.count("\n") == 1 and "PyTorch generates, not the C kernels" in said
+    assert library()[0] is None or said.count("\n") == 1 and "PyTorch generates, not the C kernels" in said
+
+
+def turned_back(self, x, norm, rotary):
+    return OLD_HEADS(self, x, norm, (rotary[0], -rotary[1]))
+
+
+def shifted_norm(self, x):
+    return OLD_NORM(self, x) + 0.5
+
+
+def squared_relu_inside(self, x):
+    return F.relu(self.gate_proj(x)).square() * self.up_proj(x)
+
+
+@pytest.mark.parametrize("part, name, change", [(Attention, "to_heads", turned_back), (RMSNorm, "forward", shifted_norm),
+                                                (MLP, "inner", squared_relu_inside)])
+def test_a_changed_method_that_is_in_c_is_what_trains(part, name, change, monkeypatch, capsys):
+    before, ids = build()(torch.arange(7, 27)[None]), torch.arange(7, 27)[None]
+    monkeypatch.setattr(part, name, change)
+    monkeypatch.setattr(native, "PROVEN", {})                                # it may have met this class before the change
+    plain, model = build(), accelerate(build())
+    say_once.cache_clear()
+    (expected, wanted), (logits, found) = ((y, torch.autograd.grad(y.square().mean(), list(m.parameters())))
+                                           for m in (plain, model) for y in (m(ids),))
+    assert (logits - expected).norm() < 1e-4 * expected.norm() < 0.1 * (before - expected).norm()
+    assert all((a - b).norm() <= 1e-3 * b.norm() + 1e-6 for a, b in zip(found, wanted))
+    said = capsys.readouterr().err
+    assert library()[0] is None or f"PyTorch computes {change.__qualname__}, not the C kernels" in said
+
+
+def test_a_changed_loss_is_what_trains(capsys):
+    def doubled(logits, targets):
+        loss, grad = OLD_GRADIENT(logits, targets)
+        return 2 * loss, 2 * grad
+
+    functions, logits, targets = {"softmax_gradient": doubled}, torch.randn(5, 9), torch.tensor([3, -100, 0, 8, 8])
+    accelerate(build(), functions=functions)
+    loss, grad = functions["softmax_gradient"](logits.clone(), targets)
+    want, its = doubled(logits.clone(), targets)
+    assert torch.allclose(loss, want) and torch.allclose(grad, its)
+    assert library()[0] is None or "PyTorch computes softmax_gradient" in capsys.readouterr().err
 
 
 def test_a_subclass_of_a_layer_is_what_decodes():
-    model = build()
+    model = accelerate(build())
     for block in model.model.layers:
         layer = Doubled(64, 64, bias=False)
         layer.weight = block.self_attn.o_proj.weight
@@ -78,16 +123,16 @@ def test_a_subclass_of_a_layer_is_what_decodes():
 
 
 def test_hooks_fire_at_each_pass(capsys):
-    model, fired, ids = build(), [], torch.arange(7, 16)[None]
-    model_module.say_once.cache_clear()
+    model, fired, ids = accelerate(build()), [], torch.arange(7, 16)[None]
+    say_once.cache_clear()
     handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: fired.append(1))
     assert len(list(sample.generate(model, ids, 13, temperature=0))) == len(fired) == 13
     handle.remove()
-    assert kernels()[0] is None or "a hook is registered on it" in capsys.readouterr().err
+    assert library()[0] is None or "a hook is registered on it" in capsys.readouterr().err
     cache = KVCache(model.config, 1, 20)
     with torch.inference_mode():                                             # also one that comes in the middle of a text
         model(ids, cache=cache)
-        assert kernels()[0] is None or cache.in_c
+        assert library()[0] is None or cache.decoder
         handle = model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: fired.append(1))
         model(ids[:, :1], cache=cache)
         handle.remove()

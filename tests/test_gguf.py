@@ -8,8 +8,12 @@ import torch
 import compress
 import sample
 from data import UserError, export
-from data.tokenizer import GPT2, QWEN2, Tokenizer, tokenizer_json
-from model import Int4Linear, Int8Linear, Transformer, config_from_hub, save
+from data.chain import parse_step
+from data.tiktoken_plan import GPT2, QWEN2
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import tokenizer_json
+from model import Int4Linear, Int8Linear, Transformer, save
+from shared import config_of
 
 V, CONTEXT = 320, 256                                            # llama.cpp rounds contexts up to 256
 TINY = dict(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -48,7 +52,7 @@ def tokenizer():
 
 def build(case, **changes):
     """A tiny model with weights large enough that a wrong layout, norm or bias shows in the logits."""
-    model = Transformer(config_from_hub({**CASES[case], **changes})).eval()
+    model = Transformer(config_of({**CASES[case], **changes})).eval()
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -177,7 +181,7 @@ def test_rounding_stays_within_the_type(case, kind, tokenizer, tmp_path, capsys)
 
 
 def quantized(model, step, head_bits=None):
-    return compress.quantize_step(model, None, compress.parse(step), types.SimpleNamespace(head_bits=head_bits, asymmetric=False))[0]
+    return compress.quantize_step(model, None, parse_step(step, compress.STEPS), types.SimpleNamespace(head_bits=head_bits))[0]
 
 
 @pytest.mark.parametrize("case", ["qwen3", "qwen3-tied-linear", "llama", "llama-biased-tied", "mistral-nemo", "phi3", "gpt2"])

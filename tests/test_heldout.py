@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-import compress, sample, train
+import compress, sample
 from data import UserError, heldout
+from data.heldout import interval, token_f1
 from data.loader import IGNORE, LEARNED, Windows, packed
+from data.machine import Machine, Threads
+from data.measure import evaluate, response_loss
 from data.prepare import encode_example, prepare
+from data.runs import show_example
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, save
 
@@ -125,7 +129,7 @@ def test_text_of_several_blocks_is_the_same_but_at_their_borders(corpus, monkeyp
 def test_a_responses_loss_equals_full_forwards(corpus, window):
     tokenizer = Tokenizer.load(corpus)
     model, line = random_model(tokenizer.vocab_size, window), max(heldout.read(corpus / "val.jsonl"), key=lambda l: len(l.response))
-    nats, tokens, size = sample.response_loss(model, tokenizer, line.prompt, line.response, tokenizer.token_bytes())
+    nats, tokens, size = response_loss(model, tokenizer, line.prompt, line.response, tokenizer.token_bytes())
     ids, mask = encode_example(tokenizer, line.prompt, line.response)
     ids, expected, T = torch.from_numpy(ids.astype(np.int64)), 0.0, window
     start, fresh = 0, 1
@@ -139,24 +143,24 @@ def test_a_responses_loss_equals_full_forwards(corpus, window):
 
 
 def test_token_f1_by_hand():
-    assert sample.token_f1("The cat, the dog.", "a Cat dog") == 1.0
-    assert sample.token_f1("one two three", "two three four five") == pytest.approx(4 / 7)
-    assert sample.token_f1("x", "y") == 0.0 and sample.token_f1("the", "a") == 1.0 and sample.token_f1("", "y") == 0.0
+    assert token_f1("The cat, the dog.", "a Cat dog") == 1.0
+    assert token_f1("one two three", "two three four five") == pytest.approx(4 / 7)
+    assert token_f1("x", "y") == 0.0 and token_f1("the", "a") == 1.0 and token_f1("", "y") == 0.0
 
 
 def test_intervals_are_those_of_the_mean():
     values = torch.tensor([0.0, 1.0]).repeat(200)
-    low, high = sample.interval(lambda at: values[at].mean(), 400, 4000)
+    low, high = interval(lambda at: values[at].mean(), 400, 4000)
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.004) and high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.004)
 
 
 def test_choices_take_the_one_with_fewest_bits_per_byte(corpus, models):
     model, tokenizer = sample.open_model(models / "a", torch.device("cpu"))
-    loss = lambda c: sample.response_loss(model, tokenizer, "which?", c, tokenizer.token_bytes())
+    loss = lambda c: response_loss(model, tokenizer, "which?", c, tokenizer.token_bytes())
     choices = ["fever", "a rash", "no pain at all"]
     best = min(choices, key=lambda c: loss(c)[0] / loss(c)[2])
     lines = [heldout.Line("", "which?", c, choices, {}) for c in choices]
-    assert [row["chosen"] for row in sample.evaluate(model, tokenizer, lines, (), 5)] == [c == best for c in choices]
+    assert [row["chosen"] for row in evaluate(model, tokenizer, lines, (), 5)] == [c == best for c in choices]
 
 
 # --- the command ---
@@ -177,7 +181,7 @@ def test_the_table_and_the_lines(corpus, models, tmp_path, capsys):
     model, tokenizer = sample.open_model(models / "a", torch.device("cpu"))
     first = next(row for row in rows if "answer" in row)
     ids = sample.continuations(model, tokenizer, tokenizer.render([{"role": "user", "content": first["prompt"]}]), max_new_tokens=8, temperature=0)
-    assert first["answer"] == "".join(sample.pieces(tokenizer, map(int, ids), tokenizer.eos_ids)).strip()
+    assert first["answer"] == "".join(sample.readable_pieces(tokenizer, map(int, ids), tokenizer.eos_ids)).strip()
     with pytest.raises(UserError, match="is there already"):
         sample.main([*argv, "--out", str(file)])
 
@@ -218,15 +222,15 @@ def test_measure_scores_the_same_responses_for_each_tokenizer(corpus, models, tm
     lines = heldout.read(corpus / "val.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "r" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     for row, directory in zip(rows, (models / "a", tmp_path / "bytes")):
-        results = sample.evaluate(*sample.open_model(directory, torch.device("cpu")), lines, (), 1)
+        results = evaluate(*sample.open_model(directory, torch.device("cpu")), lines, (), 1)
         bits = sum(r["nats"] for r in results) / math.log(2) / sum(r["bytes"] for r in results)
         assert row["bits_per_byte"] == pytest.approx(bits, rel=1e-4) and row["bytes"] == sum(len(l.response.encode()) for l in lines)
 
 
 def test_training_shows_what_of_an_example_is_learned(corpus, capsys):
     windows, tokenizer = Windows(corpus, "train", 64), Tokenizer.load(corpus)
-    machine = train.Machine(torch.device("cpu"), torch.float32, 0, 1, sample.Threads([1]))
-    train.show_example(machine, tokenizer, windows.training_rows(0, 0, 1))
+    machine = Machine(torch.device("cpu"), torch.float32, 0, 1, Threads([1]))
+    show_example(machine, tokenizer, windows.training_rows(0, 0, 1))
     said = capsys.readouterr().out
     read, learned = said.split("What is learned:\n")
     text = b"\0".join(heldout.training_text(corpus, tokenizer)).decode("utf-8").split("\0")

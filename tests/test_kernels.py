@@ -1,6 +1,6 @@
-"""KERNELS against the same model's Python: a token through all blocks (run_body), and what training needs, forward and
-backward. And drawing from probabilities."""
-import ctypes, shutil, subprocess
+"""kernels.c against the same model in plain PyTorch: a token through all blocks (decode_blocks), and what training needs,
+forward and backward. And drawing from probabilities."""
+import contextlib, copy, ctypes, shutil, subprocess
 
 import pytest
 import torch
@@ -9,8 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 import model as model_module
 import sample, train
-from data.loader import Batch
-from model import KERNELS, MLP, Config, KVCache, LowRankLinear, RMSNorm, Transformer, declare, kernels, placed
+from data import native
+from data.loader import IGNORE, Batch
+from data.native import declare, library
+from model import MLP, Config, KVCache, LowRankLinear, RMSNorm, Transformer
 
 SHAPES = {
     "usual": {},
@@ -42,14 +44,15 @@ def quantized(model, kind, **spec):
 
 
 @torch.inference_mode()
-def in_pieces(model, ids, sizes, monkeypatch, c=True):
-    """Logits of ids (B, T), read in pieces of these sizes, and the cache."""
-    with monkeypatch.context() as patch:
-        if not c:
-            patch.setattr(model_module, "run_in_c", lambda *_: False)
-        cache = KVCache(model.config, len(ids), sum(sizes))
-        logits = torch.cat([model(piece, cache=cache) for piece in ids.split(sizes, dim=1)], dim=1)
-    assert not c or kernels()[0] is None or cache.in_c
+def in_pieces(model, ids, sizes, c=True, layers=None):
+    """Logits of ids (B, T), read in pieces of these sizes, and the cache. c: by decode_blocks; layers (default: c): each
+    layer by kernels.c."""
+    model = native.attach(copy.deepcopy(model)) if c or layers else model
+    cache = KVCache(model.config, len(ids), sum(sizes))
+    if not c:
+        cache.decoder = False
+    logits = torch.cat([model(piece, cache=cache) for piece in ids.split(sizes, dim=1)], dim=1)
+    assert library()[0] is None or bool(cache.decoder) == c
     return logits, cache
 
 
@@ -59,17 +62,17 @@ def same(a, b):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_token_in_c_is_the_models_own(shape, rows, monkeypatch):
+def test_a_token_in_c_is_the_models_own(shape, rows):
     model, sizes = build(**SHAPES[shape]), [9, 1, 1, 2, 7, 1, 3, 1]
     ids = torch.randint(90, (rows, sum(sizes)), generator=torch.Generator().manual_seed(1))
-    (ours, cache), (expected, theirs) = (in_pieces(model, ids, sizes, monkeypatch, c) for c in (True, False))
+    (ours, cache), (expected, theirs) = (in_pieces(model, ids, sizes, c) for c in (True, False))
     same(ours, expected)
     for mine, other in zip(cache.keys + cache.values, theirs.keys + theirs.values):
         same(mine, other)
 
 
-@pytest.mark.parametrize("kind, spec", [("int8", {}), ("int4", {}), ("int4", {"asymmetric": True}), ("int4", {"group": 64})])
-def test_quantized_layers_in_c_agree_as_well_as_prefill_and_cache_do(kind, spec, monkeypatch):
+@pytest.mark.parametrize("kind, spec", [("int8", {}), ("int4", {}), ("int4", {"group": 64})])
+def test_quantized_layers_in_c_agree_as_well_as_prefill_and_cache_do(kind, spec):
     """An ulp flips a rounding here and there: the distance of two paths is bounded by that of prefill and cache."""
     model, ids = quantized(build(intermediate_size=128), kind, **spec), torch.randint(96, (1, 40))
 
@@ -77,14 +80,14 @@ def test_quantized_layers_in_c_agree_as_well_as_prefill_and_cache_do(kind, spec,
         return (a.log_softmax(-1).exp() * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).mean()
 
     with torch.inference_mode():
-        whole = model(ids)
-    ours, expected = (in_pieces(model, ids, [8] + [1] * 32, monkeypatch, c)[0] for c in (True, False))
+        whole = native.attach(copy.deepcopy(model))(ids)
+    ours, expected = (in_pieces(model, ids, [8] + [1] * 32, c, layers=True)[0] for c in (True, False))
     assert distance(ours, expected) <= max(2 * distance(whole, expected), torch.tensor(1e-6))
-    assert distance(ours, expected) < 0.01
+    assert distance(ours, expected) < 0.01 and distance(ours, model(ids).detach()) < 0.01
 
 
 @pytest.mark.parametrize("inner", [None, "int8"])
-def test_low_rank_layers(inner, monkeypatch):
+def test_low_rank_layers(inner):
     model = build()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
@@ -95,16 +98,16 @@ def test_low_rank_layers(inner, monkeypatch):
         model = quantized(model, inner)
     sizes = [9, 1, 1, 3, 1]
     ids = torch.randint(96, (2, sum(sizes)), generator=torch.Generator().manual_seed(1))
-    ours, expected = (in_pieces(model, ids, sizes, monkeypatch, c)[0] for c in (True, False))
+    ours, expected = (in_pieces(model, ids, sizes, c)[0] for c in (True, False))
     same(ours, expected) if inner is None else torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.5)
 
 
-def test_threads_change_no_bit(monkeypatch):
+def test_threads_change_no_bit():
     model, ids, results = build(hidden_size=256, intermediate_size=512), torch.randint(96, (1, 12)), []
     before = torch.get_num_threads()
     for n in (1, 2, 3):
         torch.set_num_threads(n)
-        results.append(in_pieces(model, ids, [1] * 12, monkeypatch)[1])
+        results.append(in_pieces(model, ids, [1] * 12)[1])
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, results[0].keys + results[0].values, other.keys + other.values))
@@ -115,31 +118,41 @@ def test_other_ways_to_compile(flags, tmp_path, monkeypatch):
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler")
-    (tmp_path / "k.c").write_text(KERNELS, encoding="utf-8")
-    subprocess.run([compiler, "-O2", "-fPIC", "-shared", *flags, tmp_path / "k.c", "-o", tmp_path / "k.so", "-lm"], check=True)
-    library, ids = declare(ctypes.CDLL(str(tmp_path / "k.so"))), torch.randint(96, (1, 14))
+    subprocess.run([compiler, "-O2", "-fPIC", "-shared", *flags, native.SOURCE, "-o", tmp_path / "k.so", "-lm"], check=True)
+    built, ids = declare(ctypes.CDLL(str(tmp_path / "k.so"))), torch.randint(96, (1, 14))
     for model in (build(), quantized(build(intermediate_size=128), "int8"), quantized(build(intermediate_size=128), "int4")):
-        expected = in_pieces(model, ids, [6, 1, 1, 6], monkeypatch)[0]
+        expected = in_pieces(model, ids, [6, 1, 1, 6])[0]
         with monkeypatch.context() as patch:
-            patch.setattr(model_module, "kernels", lambda: (library, "this one"))
-            torch.testing.assert_close(in_pieces(model, ids, [6, 1, 1, 6], monkeypatch)[0], expected, rtol=1e-3, atol=0.3)
+            patch.setattr(native, "library", lambda: (built, ""))
+            torch.testing.assert_close(in_pieces(model, ids, [6, 1, 1, 6])[0], expected, rtol=1e-3, atol=0.3)
 
 
-def both_ways(function, inputs, monkeypatch):
-    """Compares function(*inputs) and the gradients of all inputs: by KERNELS, and by PyTorch's operators."""
-    results, called, call = [], [], model_module.call
+@contextlib.contextmanager
+def attached(modules, monkeypatch):
+    """Inside, kernels.c is attached to `modules` and to the loss of train.py; afterwards nothing is."""
+    classes = [type(module) for module in modules]
+    with monkeypatch.context() as patch:
+        if library()[0]:
+            patch.setattr(train, "softmax_gradient", native.fast_softmax_gradient(train.softmax_gradient))
+            for module in modules:
+                native.attach_layer(module)
+        yield patch
+    for module, its in zip(modules, classes):
+        module.__class__ = its
+
+
+def both_ways(function, inputs, monkeypatch, *modules):
+    """Compares function(*inputs) and the gradients of all inputs: by kernels.c, and by PyTorch's operators."""
+    results, called, call = [], [], native.call
     for x in inputs:
         x.requires_grad_()
     for c in (True, False):
-        with monkeypatch.context() as patch:
-            for module in (model_module, train):
-                patch.setattr(module, "call", lambda *args: called.append(c) or call(*args))
-                if not c:
-                    patch.setattr(module, "in_c", lambda *_: False)
+        with attached(modules, monkeypatch) if c else monkeypatch.context() as patch:
+            patch.setattr(native, "call", lambda *args: called.append(c) or call(*args))
             y = function(*inputs)
             way = torch.randn(*y.shape, 2, generator=torch.Generator().manual_seed(3))[..., 0]       # not contiguous
             results.append((y.detach(), *torch.autograd.grad(y, inputs, way)))
-    assert set(called) == ({True} if kernels()[0] else set())
+    assert set(called) == ({True} if library()[0] else set())
     for ours, expected in zip(*results):
         same(ours, expected)
 
@@ -153,26 +166,28 @@ def test_rms_norm_and_its_gradients(n, monkeypatch):
     norm = RMSNorm(n, 1e-5)
     norm.weight.data = random(n)
     for x in (random(2, 40, n), random(n, 41).T, 1e-3 * random(1, n)):
-        both_ways(lambda x, _: norm(x), [x, norm.weight], monkeypatch)
+        both_ways(lambda x, _: norm(x), [x, norm.weight], monkeypatch, norm)
+    native.attach_layer(norm)
     assert norm(torch.empty(0, n)).shape == (0, n) and not norm(torch.full((2, n), torch.nan)).isfinite().any()
 
 
 @pytest.mark.parametrize("D, R, heads", [(8, 4, 3), (6, 3, 1), (20, 10, 2), (80, 40, 4), (64, 8, 1), (22, 5, 3)])
 def test_heads_are_normalized_and_turned(D, R, heads, monkeypatch):
-    norm, x = RMSNorm(D, 1e-6), random(5, 3, heads, D).transpose(0, 1)                    # (B, T, heads, D)
+    norm, x = RMSNorm(D, 1e-6), random(5, 3, heads * D).transpose(0, 1)                   # (B, T, heads * D)
+    attention = build(head_dim=D).model.layers[0].self_attn
     norm.weight.data = random(D)
     for rows in (1, 3):                                       # the same positions for all, or each row has its own
         angles = random(rows, 5, 1, R)
         rotary = angles.cos() * 1.1, angles.sin() * 1.1
-        both_ways(lambda x: placed(x, torch.nn.Identity(), rotary), [x], monkeypatch)
-        both_ways(lambda x, _: placed(x, norm, rotary), [x, norm.weight], monkeypatch)
+        both_ways(lambda x: attention.to_heads(x, torch.nn.Identity(), rotary), [x], monkeypatch, attention)
+        both_ways(lambda x, _: attention.to_heads(x, norm, rotary), [x, norm.weight], monkeypatch, attention)
 
 
 def test_swiglu_and_its_gradients(monkeypatch):
     mlp = MLP(Config(hidden_size=13, intermediate_size=13))
     mlp.gate_proj, mlp.up_proj, mlp.down_proj = torch.nn.Identity(), torch.nn.Linear(13, 13), torch.nn.Identity()
     for x in (random(3, 7, 13), 100 * random(1, 13), random(13, 5).T):
-        both_ways(lambda x, *_: mlp(x), [x, *mlp.up_proj.parameters()], monkeypatch)
+        both_ways(lambda x, *_: mlp(x), [x, *mlp.up_proj.parameters()], monkeypatch, mlp)
 
 
 @pytest.mark.parametrize("V", [1, 5, 40, 65, 1001])
@@ -180,15 +195,16 @@ def test_swiglu_and_its_gradients(monkeypatch):
 def test_cross_entropy_and_its_gradients(V, scale, monkeypatch):
     x, weight = random(30, 16), random(V, 16)
     targets = torch.randint(V, (30,), generator=torch.Generator().manual_seed(0))
-    targets[[0, 7]] = train.IGNORE
+    targets[[0, 7]] = IGNORE
     both_ways(lambda x, w: train.linear_cross_entropy(scale * x, w, targets), [x, weight], monkeypatch)
+    monkeypatch.setattr(train, "softmax_gradient", native.fast_softmax_gradient(train.softmax_gradient))
     ours = train.linear_cross_entropy(scale * x, weight, targets)
-    same(ours, F.cross_entropy((scale * x @ weight.T).double(), targets, reduction="sum", ignore_index=train.IGNORE))
+    same(ours, F.cross_entropy((scale * x @ weight.T).double(), targets, reduction="sum", ignore_index=IGNORE))
     x.data[3, 2] = torch.nan
     assert train.linear_cross_entropy(x, weight, targets).isnan()
     for wrong in (V, -1):
         targets[5] = wrong
-        if kernels()[0] is not None:
+        if library()[0] is not None:
             with pytest.raises(IndexError, match=str(V)):
                 train.linear_cross_entropy(x, weight, targets)
 
@@ -198,12 +214,13 @@ def test_gradients_of_a_whole_model(shape, monkeypatch):
     """Packed examples, some targets ignored, and the blocks computed twice to save memory."""
     model = build(**SHAPES[shape]).train()
     ids, segments = torch.randint(90, (2, 23), generator=torch.Generator().manual_seed(1)), torch.zeros(2, 23).long()
-    targets = ids.roll(-1, 1).index_fill(1, torch.tensor([4, 22]), train.IGNORE)
+    targets = ids.roll(-1, 1).index_fill(1, torch.tensor([4, 22]), IGNORE)
     segments[0, 9:], segments[1, 3:] = 1, 1
     parameters = list(model.parameters())
     for segments in (None, segments):
         batch = Batch(ids, targets, segments)
-        both_ways(lambda *_: train.cross_entropy(model, batch)[0], parameters, monkeypatch)
+        both_ways(lambda *_: train.cross_entropy(model, batch)[0], parameters, monkeypatch, *model.modules())
+    native.attach(model)
     wanted = torch.autograd.grad(model(ids).square().sum(), parameters)
     again = checkpoint(lambda ids: model(ids).square().sum(), ids, use_reentrant=False)
     assert all(map(torch.equal, wanted, torch.autograd.grad(again, parameters)))
@@ -211,10 +228,11 @@ def test_gradients_of_a_whole_model(shape, monkeypatch):
 
 def test_threads_change_no_bit_of_a_gradient():
     threads, results = torch.get_num_threads(), []
-    x, norm, rotary = random(8, 64, 4, 64), RMSNorm(64, 1e-6), random(2, 1, 64, 1, 32).sin()
+    x, norm, rotary = random(8, 64, 256), native.attach_layer(RMSNorm(64, 1e-6)), random(2, 1, 64, 1, 32).sin()
+    attention = native.attach_layer(build(head_dim=64).model.layers[0].self_attn)
     for n in (1, 2, 3):
         torch.set_num_threads(n)
-        y = norm(placed(x.requires_grad_(), norm, rotary))
+        y = norm(attention.to_heads(x.requires_grad_(), norm, rotary))
         results.append(torch.autograd.grad(y, [x, norm.weight], random(8, 4, 64, 64)))
     torch.set_num_threads(threads)
     for other in results[1:]:
@@ -223,27 +241,30 @@ def test_threads_change_no_bit_of_a_gradient():
 
 def test_what_stays_in_python():
     """Gradients, training, several examples in a row, GPT-2's blocks, many tokens at once."""
-    if kernels()[0] is None:
-        pytest.skip(kernels()[1])
-    model, ids = build(), torch.randint(96, (1, 3))
+    if library()[0] is None:
+        pytest.skip(library()[1])
+    model, ids = native.attach(build()), torch.randint(96, (1, 3))
     cache = KVCache(model.config, 1, 20)
-    assert model(ids, cache=cache).requires_grad and cache.in_c is None
-    runs = lambda model, cache: model_module.run_in_c(model.model, torch.zeros(1, 1, 64), cache)
+    assert model(ids, cache=cache).requires_grad and "decoder" not in vars(cache)
     with torch.inference_mode():
         model(torch.randint(96, (1, 8)), cache=cache)
-        assert cache.in_c and runs(model, cache)
-        assert not model_module.run_in_c(model.model, torch.zeros(1, 8, 64), cache) and not runs(model.train(), cache)
-        gpt2 = build(layer_norm=True, gated=False, hidden_act="gelu_new", learned_positions=True, qk_norm=False)
+        steps, step = [], cache.decoder.step
+        cache.decoder.step = lambda ids: steps.append(1) or step(ids)
+        model(ids[:, :1], cache=cache)
+        assert len(steps) == 1
+        model.train()(ids[:, :1], cache=cache)
+        assert len(steps) == 1 and not cache.decoder.takes(model.model, torch.zeros(1, 8))
+        gpt2 = native.attach(build(layer_norm=True, gated=False, hidden_act="gelu_new", learned_positions=True, qk_norm=False))
         cache = KVCache(gpt2.config, 1, 20)
-        assert gpt2(ids, cache=cache).isfinite().all() and not runs(gpt2, cache)
+        assert gpt2(ids, cache=cache).isfinite().all() and cache.decoder is False
         with pytest.raises(RuntimeError):                                      # no room: the error that PyTorch gives
             build()(ids, cache=KVCache(model.config, 1, 2))
 
 
 def test_a_quantized_table_has_no_other_rows():
-    if kernels()[0] is None:
-        pytest.skip(kernels()[1])
-    table = model_module.Int8Linear.from_dense(torch.nn.Linear(32, 10))
+    if library()[0] is None:
+        pytest.skip(library()[1])
+    table = native.attach_layer(model_module.Int8Linear.from_dense(torch.nn.Linear(32, 10)))
     for id in (10, -1):
         with pytest.raises(IndexError, match="10"):
             table.rows(torch.tensor([[3, id]]))

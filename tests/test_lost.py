@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 
 import compress, distill, sample, train
-from data import UserError, reading, run, sentence
+from data import UserError
+from data.console import run, sentence
+from data.files import reading
 from data.prepare import prepare
 
 if os.name != "posix":
     pytest.skip("forks, signals and file modes of POSIX", allow_module_level=True)
 import breaking
+from data.runs import read_log
 
 ROOT = Path(train.__file__).parent
 
@@ -103,7 +106,7 @@ def test_an_old_run_stays_until_the_new_one_is_saved(place, monkeypatch):
     monkeypatch.undo()
     train.main([*flags, "--seed", "1", "--overwrite"])
     assert breaking.contents(place / "out").keys() == kept.keys() - {"log"} and breaking.contents(place / "out") != kept
-    assert len(train.read_log(place / "out" / "log.jsonl")) == 6 and not (place / "out" / "log.jsonl.new").exists()
+    assert len(read_log(place / "out" / "log.jsonl")) == 6 and not (place / "out" / "log.jsonl.new").exists()
 
 
 def test_a_link_is_followed_not_replaced(place):

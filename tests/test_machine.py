@@ -1,30 +1,33 @@
 """What depends on the machine: number type and threads, and what a run says at its beginning and end."""
-import json, os, random, subprocess, sys
-from pathlib import Path
+import os, subprocess, sys, time
 
 import pytest
 import torch
 
 import sample, train
+from data import machine as machine_module, runs, schedule
 from data.loader import Windows
-from data.prepare import prepare
+from data.machine import Machine, Threads, halvings
+from data.runs import Log, read_log, read_state
 from model import Config, Transformer, load
 
-from test_train import ROOT, TINY, data, equal, examples, go, state  # noqa: F401: fixtures
+from test_train import ROOT, TINY, data, examples, go  # noqa: F401: fixtures
 
 
 @pytest.fixture
 def used(monkeypatch):
     """The thread counts that are set, instead of setting them."""
     used = []
-    monkeypatch.setattr(sample, "set_threads", used.append)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    if machine_module.native:
+        monkeypatch.setattr(machine_module.native, "set_threads", lambda count: None)
     return used
 
 
 def test_threads_step_down_beside_another_program_and_up_again(used, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(sample.time, "perf_counter", lambda: clock[0])
-    threads, alone, beside = sample.Threads([4, 2, 1]), {4: 0.1, 2: 0.15, 1: 0.3}, {4: 1.0, 2: 0.4, 1: 0.3}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    threads, alone, beside = Threads([4, 2, 1]), {4: 0.1, 2: 0.15, 1: 0.3}, {4: 1.0, 2: 0.4, 1: 0.3}
 
     def steps(seconds, n):
         said = []
@@ -37,8 +40,8 @@ def test_threads_step_down_beside_another_program_and_up_again(used, monkeypatch
     assert threads.count == 1 and len(said) == 1 and "1 thread from now on" in said[0] and used == [4, 2, 1, 1]
     assert steps(alone, 250) == [] and threads.count == 4                     # a trial a minute, silent
     assert steps(alone, 1000) == [] and threads.count == 4
-    one = sample.Threads([2])
-    assert not any(one.note(s) for s in [0.1] * 30 + [9.0] * 30) and one.count == 2 and sample.halvings(6) == [6, 3, 1]
+    one = Threads([2])
+    assert not any(one.note(s) for s in [0.1] * 30 + [9.0] * 30) and one.count == 2 and halvings(6) == [6, 3, 1]
 
 
 def test_timed_steps_leave_model_and_loss_what_they_were(data):
@@ -46,7 +49,7 @@ def test_timed_steps_leave_model_and_loss_what_they_were(data):
     model = Transformer(Config(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                                num_key_value_heads=2, head_dim=16)).initialize()
     kept = {name: t.clone() for name, t in model.state_dict().items()}
-    machine = train.Machine(torch.device("cpu"), torch.float32, 0, 1, sample.Threads([torch.get_num_threads()]))
+    machine = Machine(torch.device("cpu"), torch.float32, 0, 1, Threads([torch.get_num_threads()]))
     machines = {"a": machine, "b": machine._replace(dtype=torch.bfloat16)}
     cfg = train.TrainConfig(context=32, batch_size=2)
     taken = train.timed_steps(model, lambda *rows: windows.training_rows(0, *rows), train.cross_entropy, cfg, machines, seconds=0, rounds=2)
@@ -58,7 +61,7 @@ def test_timed_steps_leave_model_and_loss_what_they_were(data):
 def smoke(out, data, **environment):
     done = subprocess.run([sys.executable, "train.py", "--data", data, "--out", out, *TINY, "--steps", "8", "--smoke"], cwd=ROOT,
                           capture_output=True, text=True, encoding="utf-8", check=True, env={**os.environ, **environment})
-    return done.stdout, train.read_state(out)
+    return done.stdout, read_state(out)
 
 
 def test_threads_are_timed_printed_kept_and_resumed(data, tmp_path):
@@ -66,7 +69,7 @@ def test_threads_are_timed_printed_kept_and_resumed(data, tmp_path):
     said, kept = smoke(tmp_path / "a", data, **clean)
     line = next(line for line in said.splitlines() if line.startswith("device cpu"))
     assert "2 threads: float32" in line and "1 thread: float32" in line and kept["threads"] in (1, 2)
-    assert {entry["threads"] for entry in train.read_log(tmp_path / "a" / "log.jsonl") if "loss" in entry} == {kept["threads"]}
+    assert {entry["threads"] for entry in read_log(tmp_path / "a" / "log.jsonl") if "loss" in entry} == {kept["threads"]}
     said, kept = smoke(tmp_path / "b", data, **{**clean, "SLM_TEST_THREADS": "1", "SLM_TEST_DTYPE": "bfloat16"})
     assert "device cpu, 1 thread; bfloat16" in said and kept["threads"] == 1 and kept["dtype"] == "bfloat16"
     resumed = subprocess.run([sys.executable, "train.py", "--out", tmp_path / "b", "--resume", "--steps", "9"], cwd=ROOT, check=True,
@@ -78,30 +81,30 @@ def test_what_the_clock_decided_is_decided_again_after_a_kill(data, tmp_path, mo
     """Threads and the number of steps change at step 7; killed at 9, the run goes on from step 6 and changes there again."""
     class Killed(BaseException):
         pass
-    real = train.Log.write
+    real = Log.write
 
     def write(self, **line):
         real(self, **line)
         if line["step"] == 9 and "loss" in line:
             raise Killed
-    monkeypatch.setattr(train, "tuned", lambda machine, *_: machine._replace(threads=sample.Threads([2, 1])))
-    monkeypatch.setattr(train, "PLANNED", 1)
-    monkeypatch.setattr(train, "plan", lambda step, total, *_: {1: 12, 7: 10}.get(step, total))
-    monkeypatch.setattr(train, "is_due", lambda *_: True)
-    monkeypatch.setattr(sample.Threads, "note", lambda self, _: self.use(1) or "")
-    monkeypatch.setattr(sample.Threads, "use", lambda self, count: setattr(self, "count", count if clock[0] else self.count))
+    monkeypatch.setattr(train, "tuned", lambda machine, *_: machine._replace(threads=Threads([2, 1])))
+    monkeypatch.setattr(schedule, "PLANNED", 1)
+    monkeypatch.setattr(runs, "plan", lambda step, total, *_: {1: 12, 7: 10}.get(step, total))
+    monkeypatch.setattr(runs, "is_due", lambda *_: True)
+    monkeypatch.setattr(Threads, "note", lambda self, _: self.use(1) or "")
+    monkeypatch.setattr(Threads, "use", lambda self, count: setattr(self, "count", count if clock[0] else self.count))
     clock = [1]
     flags = ["--evals", "2", "--decay", "1"]
-    monkeypatch.setattr(train.Log, "write", write)
+    monkeypatch.setattr(Log, "write", write)
     with pytest.raises(Killed):
         go(data, tmp_path / "run", *flags)
-    monkeypatch.setattr(train.Log, "write", real)
-    before = {s["step"]: s for s in train.read_log(tmp_path / "run" / "log.jsonl") if "loss" in s}
-    assert train.read_state(tmp_path / "run")["step"] == 6 and max(before) == 9 and before[7]["total"] == 10
-    monkeypatch.setattr(train, "plan", lambda step, total, *_: total)                    # the clock would decide otherwise
-    monkeypatch.setattr(sample.Threads, "note", lambda self, _: "")
+    monkeypatch.setattr(Log, "write", real)
+    before = {s["step"]: s for s in read_log(tmp_path / "run" / "log.jsonl") if "loss" in s}
+    assert read_state(tmp_path / "run")["step"] == 6 and max(before) == 9 and before[7]["total"] == 10
+    monkeypatch.setattr(runs, "plan", lambda step, total, *_: total)                    # the clock would decide otherwise
+    monkeypatch.setattr(Threads, "note", lambda self, _: "")
     train.main(["--out", str(tmp_path / "run"), "--resume"])
-    after = {s["step"]: s for s in train.read_log(tmp_path / "run" / "log.jsonl") if "loss" in s}
+    after = {s["step"]: s for s in read_log(tmp_path / "run" / "log.jsonl") if "loss" in s}
     assert max(after) == 10
     for step in range(1, 10):
         assert {k: v for k, v in after[step].items() if "second" not in k} == {k: v for k, v in before[step].items() if "second" not in k}
@@ -147,9 +150,9 @@ def test_progress_has_lines_where_there_is_no_terminal(data, tmp_path, monkeypat
     def later():
         clock[0] += 7.0
         return clock[0]
-    monkeypatch.setattr(train.time, "perf_counter", later)
+    monkeypatch.setattr(time, "perf_counter", later)
     monkeypatch.setattr(train, "tuned", lambda machine, *_: machine)
-    monkeypatch.setattr(train, "products_rate", lambda machine: 1.0)
+    monkeypatch.setattr(runs, "products_rate", lambda machine: 1.0)
     go(data, tmp_path / "run", "--steps", 8)
     assert "step 4 of 8: loss " in capsys.readouterr().out
 
@@ -159,8 +162,8 @@ def test_what_is_measured_takes_memory_that_does_not_grow_with_the_text():
     code = """
 import resource, sys, torch
 sys.path.insert(0, sys.argv[1])
-import sample
 from data.loader import Batch
+from data.measure import compare
 from model import Config, Transformer
 torch.set_num_threads(1)
 m = Transformer(Config(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16))
@@ -170,9 +173,9 @@ def batches(n):
         yield Batch(ids, ids, None)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tokens = torch.ones(4096)
-rows = sample.compare({"a": m, "b": m}, batches(3), tokens)
+rows = compare({"a": m, "b": m}, batches(3), tokens)
 before = peak()
-sample.compare({"a": m, "b": m}, batches(20), tokens)
+compare({"a": m, "b": m}, batches(20), tokens)
 print((peak() - before) / 1000)
 """
     pytest.importorskip("resource")

@@ -8,10 +8,15 @@ from torch import nn
 
 import compress
 import sample
-from data import UserError
+from data import UserError, measure as measuring, speed as speeds
 from data.loader import IGNORE, Batch, Windows
+from data.measure import compare, speed
+from data.speed import energy_counters, memory_peak, peak_alone
+from data.loader import stream_batches
 from data.prepare import prepare
+from data.report import front, table
 from data.tokenizer import Tokenizer
+from data.tokenizer_files import reencoded
 from model import Config, Transformer, load, save
 
 SIZES = dict(vocab_size=288, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -51,7 +56,7 @@ def some_batches(vocab=259, rows=7, T=20, count=3):
 def test_quality_is_that_of_full_logits_in_float64():
     base, ids, token_bytes = tiny(), 259, np.arange(259) % 7
     models = {"base": base, "near": near(base, 0.001), "far": tiny(9)}
-    result = sample.compare(models, some_batches(), token_bytes)
+    result = compare(models, some_batches(), token_bytes)
     for name, model in models.items():
         nats, kl, same = [], [], []
         for batch in some_batches():
@@ -73,7 +78,7 @@ def test_quality_is_that_of_full_logits_in_float64():
 
 def test_a_model_is_no_distance_from_itself():
     model = tiny()
-    for r in sample.compare({"a": model, "b": model}, some_batches(), np.ones(259)).values():
+    for r in compare({"a": model, "b": model}, some_batches(), np.ones(259)).values():
         assert (r["kl"], r["kl_p999"], r["agreement"]) == (0, 0, 1)
 
 
@@ -85,7 +90,7 @@ def test_one_token_in_a_thousand_is_beyond_the_999th_permille(monkeypatch):
     other.forward = lambda ids, segments=None, head=True: torch.stack((ids.float() / 100, torch.zeros(ids.shape)), -1)
     base.lm_head = other.lm_head = nn.Identity()
     ids = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[None]
-    r = sample.compare({"base": base, "other": other}, [Batch(ids, ids % 2, None)], np.ones(2))["other"]
+    r = compare({"base": base, "other": other}, [Batch(ids, ids % 2, None)], np.ones(2))["other"]
     q = torch.tensor([9.98, 0.0]).double().log_softmax(-1)                             # the second largest of the 1,000
     assert r["kl_p999"] == pytest.approx(float(-math.log(2) - q.mean()), rel=1e-5)
 
@@ -94,11 +99,11 @@ def test_quality_is_what_score_says_and_segments_are_kept():
     models, token_bytes = {"a": tiny(), "b": tiny(3)}, np.arange(288)
     segments = torch.arange(20).div(7, rounding_mode="floor").expand(7, -1)
     batches = [b._replace(segments=segments) for b in some_batches()]
-    result = sample.compare(models, batches, token_bytes)
+    result = compare(models, batches, token_bytes)
     for name, model in models.items():
         expected = sample.figures(*sample.score(model, batches, token_bytes))
         assert all(result[name][k] == pytest.approx(v, rel=1e-6) for k, v in expected.items())
-    assert result["a"]["loss"] != pytest.approx(sample.compare({"a": models["a"]}, some_batches(), token_bytes)["a"]["loss"], rel=1e-4)
+    assert result["a"]["loss"] != pytest.approx(compare({"a": models["a"]}, some_batches(), token_bytes)["a"]["loss"], rel=1e-4)
 
 
 def test_padding_rows_may_differ_and_logits_are_never_held_whole():
@@ -107,7 +112,7 @@ def test_padding_rows_may_differ_and_logits_are_never_held_whole():
     narrow.load_state_dict({k: v[:199_000] if len(v) == 200_000 else v for k, v in wide.state_dict().items()})
     seen = []
     wide.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.numel()))
-    result = sample.compare({"wide": wide, "narrow": narrow}, [next(some_batches(rows=2))], np.ones(150_000))
+    result = compare({"wide": wide, "narrow": narrow}, [next(some_batches(rows=2))], np.ones(150_000))
     assert max(seen) <= 2 ** 21 and len(seen) == 3
     assert result["narrow"]["kl"] == pytest.approx(0, abs=1e-6) and result["narrow"]["agreement"] == 1
     assert result["narrow"]["loss"] < result["wide"]["loss"]
@@ -119,7 +124,7 @@ class Clock:
     """A time of our own: a `generate` that takes so long as a table says, and what was called."""
     def __init__(self, monkeypatch, first, later):
         self.now, self.calls, self.first, self.later = 0.0, [], first, later
-        monkeypatch.setattr(sample, "generate", self.generate)
+        monkeypatch.setattr(measuring, "generate", self.generate)
 
     def generate(self, model, ids, n, temperature):
         assert temperature == 0
@@ -135,7 +140,7 @@ def test_models_take_turns_and_figures_are_medians_of_rounds(monkeypatch):
     slow = [99, 1, 2, 4, 8, 16]                             # the machine's moments; the first turn is warm-up
     clock = Clock(monkeypatch, {a: [0.5 * s for s in slow], b: [0.25 * s for s in slow]},
                   {a: [0.1 * s for s in slow], b: [0.1 * s / x for s, x in zip(slow, (7, 3, 1, 2, 5, 4))]})
-    result = sample.speed({"a": a, "b": b}, prompt_tokens=10, new_tokens=5, batch_size=3, rounds=5, clock=lambda: clock.now)
+    result = speed({"a": a, "b": b}, prompt_tokens=10, new_tokens=5, batch_size=3, rounds=5, clock=lambda: clock.now)
     assert clock.calls == [a, b] * 6
     assert result["a"]["first_token_ms"] == pytest.approx(2000) and result["a"]["token_p50_ms"] == pytest.approx(400)
     assert result["a"]["token_p95_ms"] == pytest.approx(1600)
@@ -150,15 +155,15 @@ def test_models_take_turns_and_figures_are_medians_of_rounds(monkeypatch):
 def test_joules_are_of_decoding_alone_and_survive_a_wrap(monkeypatch):
     model = tiny()
     clock = Clock(monkeypatch, {model: [1000] * 9}, {model: [0.5] * 9})
-    monkeypatch.setattr(sample, "energy_counters", lambda device: [(lambda: 10 * clock.now % 300, 300, 2.0),
+    monkeypatch.setattr(speeds, "energy_counters", lambda device: [(lambda: 10 * clock.now % 300, 300, 2.0),
                                                                    (lambda: clock.now, math.inf, 1.0)])
-    assert sample.speed({"m": model}, 4, 8, 2, 3, lambda: clock.now)["m"]["joules_per_token"] == pytest.approx(11 * 0.5 / 2)
-    assert sample.speed({"m": model}, 4, 2, 2, 3, lambda: clock.now)["m"]["joules_per_token"] is None   # 1 s: too short for the first
+    assert speed({"m": model}, 4, 8, 2, 3, lambda: clock.now)["m"]["joules_per_token"] == pytest.approx(11 * 0.5 / 2)
+    assert speed({"m": model}, 4, 2, 2, 3, lambda: clock.now)["m"]["joules_per_token"] is None   # 1 s: too short for the first
 
 
 def test_energy_counters_are_those_we_may_read(monkeypatch, tmp_path):
-    counters = lambda: sample.energy_counters.__wrapped__(torch.device("cpu"))
-    monkeypatch.setattr(sample, "Path", lambda p: tmp_path)
+    counters = lambda: energy_counters.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr(speeds, "Path", lambda p: tmp_path)
     assert counters() == []
     for name, label, joules in (("intel-rapl:0", "package-0", 5), ("intel-rapl:0:0", "core", 9), ("intel-rapl:1", "psys", 7)):
         (tmp_path / name).mkdir()
@@ -173,16 +178,16 @@ def test_energy_counters_are_those_we_may_read(monkeypatch, tmp_path):
 def test_decoding_is_that_of_generate(monkeypatch):
     model, lengths = tiny(), []
     model.model.register_forward_hook(lambda module, args, out: lengths.append((tuple(args[0].shape), args[1].length)))
-    sample.speed({"m": model}, 10, 5, 2, rounds=1)
+    speed({"m": model}, 10, 5, 2, rounds=1)
     assert lengths == 2 * [((2, 10), 10), *(((2, 1), 10 + i) for i in range(1, 6))]
     with pytest.raises(UserError, match="30 prompt tokens and 3 new ones are more than m's window of 32"):
-        sample.speed({"m": model}, 30, 3)
+        speed({"m": model}, 30, 3)
 
 
 # --- rows ---
 
 def test_a_row_has_the_sizes_of_the_file_and_of_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "peak_alone", lambda *args: (2_000_000, 1_000_000))
+    monkeypatch.setattr(measuring, "peak_alone", lambda *args: (2_000_000, 1_000_000))
     models = {"untied": tiny(), "tied": tiny(tie_word_embeddings=True)}
     for name, model in models.items():
         save(model, tmp_path / name, Tokenizer.from_bytes())
@@ -190,9 +195,9 @@ def test_a_row_has_the_sizes_of_the_file_and_of_memory(tmp_path, monkeypatch):
     models = {name: load(tmp_path / name) for name in (*models, "int8")}
     models["tied"].train()
     directories = {"untied": tmp_path / "untied", "int8": tmp_path / "int8"}
-    untied, tied, int8 = sample.measure(models, some_batches(), np.ones(259), directories, prompt_tokens=8, new_tokens=3, rounds=1)
-    table = 288 * 32
-    assert untied["parameters"] == tied["parameters"] + table and untied["resident_bytes"] == tied["resident_bytes"] + 4 * table
+    untied, tied, int8 = measuring.measure(models, some_batches(), np.ones(259), directories, prompt_tokens=8, new_tokens=3, rounds=1)
+    rows = 288 * 32
+    assert untied["parameters"] == tied["parameters"] + rows and untied["resident_bytes"] == tied["resident_bytes"] + 4 * rows
     assert untied["resident_bytes"] == 4 * untied["parameters"] and untied["bits_per_weight"] == 32
     assert int8["parameters"] == tied["parameters"] and 8 < int8["bits_per_weight"] < 10
     assert int8["bits_per_weight"] == 8 * int8["resident_bytes"] / int8["parameters"]
@@ -202,7 +207,7 @@ def test_a_row_has_the_sizes_of_the_file_and_of_memory(tmp_path, monkeypatch):
     assert (untied["peak_bytes"], untied["empty_bytes"]) == (2_000_000, 1_000_000)
     assert models["tied"].training and not models["untied"].training
     assert tied["dtype"] == "float32" and tied["device"] == "cpu" and tied["threads"] == torch.get_num_threads()
-    shown = sample.table([untied, tied, int8])
+    shown = table([untied, tied, int8])
     assert "n/a" in shown and len(set(map(len, shown.splitlines()[:5]))) == 1 and f"({int8['decode_x']:.2f} x)" in shown
 
 
@@ -211,9 +216,9 @@ def test_the_peak_is_of_a_process_of_its_own(tmp_path):
         pytest.skip("this system does not tell")
     model = tiny(vocab_size=1_000_000)                                                  # twice 128 MB
     save(model, tmp_path / "m", Tokenizer.from_bytes())
-    peak, empty = sample.peak_alone(tmp_path / "m", model, 8, 2)
-    assert 50e6 < empty < peak - 100e6 and sample.memory_peak(torch.device("cpu")) > peak - empty
-    assert sample.peak_alone(tmp_path / "none", model) == (None, None)
+    peak, empty = peak_alone(tmp_path / "m", model, 8, 2)
+    assert 50e6 < empty < peak - 100e6 and memory_peak(torch.device("cpu")) > peak - empty
+    assert peak_alone(tmp_path / "none", model) == (None, None)
 
 
 # --- the text that is scored ---
@@ -221,7 +226,7 @@ def test_the_peak_is_of_a_process_of_its_own(tmp_path):
 @pytest.mark.parametrize("length", [2, 5, 9, 8192 + 1, 20_000])
 def test_a_stream_predicts_every_id_but_the_first_once(length):
     ids = np.arange(length)
-    batches = list(compress.stream_batches(ids, 4))
+    batches = list(stream_batches(ids, 4))
     assert torch.cat([b.targets[b.targets >= 0] for b in batches]).tolist() == list(range(1, length))
     for b in batches:
         assert b.ids.shape == b.targets.shape and b.ids.shape[1] == 4 and len(b.ids) <= 2048
@@ -232,8 +237,8 @@ def test_another_tokenizer_reads_the_same_text():
     bytes_, bpe = Tokenizer.from_bytes(), Tokenizer.train([TEXT], 300)
     documents = ["naïve\n", "", TEXT, "the end"]
     stream = [i for d in documents for i in [*bytes_.encode(d), bytes_.eos_id]]
-    assert compress.reencoded(stream, bytes_, bpe) == [i for d in documents for i in [*bpe.encode(d), bpe.eos_id]]
-    assert compress.reencoded(stream[:-1], bytes_, bpe) == [i for d in documents for i in [*bpe.encode(d), bpe.eos_id]][:-1]
+    assert reencoded(stream, bytes_, bpe) == [i for d in documents for i in [*bpe.encode(d), bpe.eos_id]]
+    assert reencoded(stream[:-1], bytes_, bpe) == [i for d in documents for i in [*bpe.encode(d), bpe.eos_id]][:-1]
     assert len(bpe.encode(TEXT)) < len(TEXT.encode("utf-8"))
 
 
@@ -261,7 +266,7 @@ def world(tmp_path_factory):
 def here(world, monkeypatch):
     """Standing beside the data, where --data NAME finds it; and no process for each row's peak."""
     monkeypatch.chdir(world)
-    monkeypatch.setattr(sample, "peak_alone", lambda *args: (2_000_000, 1_000_000))
+    monkeypatch.setattr(measuring, "peak_alone", lambda *args: (2_000_000, 1_000_000))
     return world
 
 
@@ -288,7 +293,7 @@ def test_the_command_writes_a_report(here, tmp_path, capsys):
         assert row["tokens"] == len(windows.tokens) - 1 and row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert row["file_bytes"] == (here / row["name"] / "model.safetensors").stat().st_size
     report = (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
-    assert sample.table(rows) in report and sample.table(rows) in said and "tradeoff.png" in report and base["command"] in report
+    assert table(rows) in report and table(rows) in said and "tradeoff.png" in report and base["command"] in report
     for header in ("process peak", "same first choice", "joules per token"):
         assert len([line for line in report.splitlines() if header in line and line.startswith("|")]) == 1
     png = (tmp_path / "r" / "tradeoff.png").read_bytes()
@@ -373,5 +378,5 @@ def test_text_that_cannot_be_scored(here, tmp_path):
 
 
 def test_front():
-    assert compress.front([(3, 1.0), (1, 3.0), (2, 3.0), (2, 2.0), (4, 1.0)]) == [(1, 3.0), (2, 2.0), (3, 1.0)]
-    assert compress.front([]) == []
+    assert front([(3, 1.0), (1, 3.0), (2, 3.0), (2, 2.0), (4, 1.0)]) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert front([]) == []

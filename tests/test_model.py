@@ -5,7 +5,11 @@ import pytest
 import torch
 
 from data import UserError
-from model import FAMILIES, Config, KVCache, Transformer, kernels, load, save
+from data.hub import FAMILIES
+from data.machine import accelerate
+from data.native import library
+from model import Config, KVCache, Transformer, load, save
+from shared import config_of
 
 TINY = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64)
@@ -59,7 +63,7 @@ def test_family_equals_transformers(case, tmp_path):
     randomize(reference).eval().save_pretrained(tmp_path / "theirs")
     ids = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(1))
     expected = reference(ids).logits.detach()
-    model = load(tmp_path / "theirs")
+    model = accelerate(load(tmp_path / "theirs"))
     same(model(ids), expected)
     for grad in (True, False):                                                 # without gradients: in C, where it can be
         with torch.set_grad_enabled(grad):
@@ -67,12 +71,12 @@ def test_family_equals_transformers(case, tmp_path):
             logits = [model(ids[:, :9], cache=cache), model(ids[:, 9:20], cache=cache)]
             logits += [model(ids[:, t:t + 1], cache=cache) for t in range(20, 40)]
             same(torch.cat(logits, dim=1), expected)
-    assert name == "GPT2" or kernels()[0] is None or cache.in_c
+    assert name == "GPT2" or library()[0] is None or cache.decoder
     save(model, tmp_path / "ours")                                             # and back
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
     assert type(again) is type(reference)
     same(again(ids).logits.detach(), expected, 1e-6)
-    same(load(tmp_path / "ours")(ids), model(ids), 0)
+    same(accelerate(load(tmp_path / "ours"))(ids), model(ids), 0)
 
 
 def test_every_family_is_tested():
@@ -151,12 +155,11 @@ def test_round_trip_also_in_16_bits_and_in_shards(tmp_path, tie):
 
 
 def test_old_and_new_spelling_of_rotary_settings():
-    from model import config_from_hub
     base = {"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    old = config_from_hub({**base, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}})
-    new = config_from_hub({**base, "rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}})
+    old = config_of({**base, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    new = config_of({**base, "rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}})
     assert torch.equal(old.frequencies()[0], new.frequencies()[0])
-    assert torch.equal(config_from_hub({**base, "rope_scaling": None}).frequencies()[0], config_from_hub(base).frequencies()[0])
+    assert torch.equal(config_of({**base, "rope_scaling": None}).frequencies()[0], config_of(base).frequencies()[0])
 
 
 def test_strict_loading_names_what_is_wrong(tmp_path):

@@ -8,10 +8,14 @@ import torch.nn.functional as F
 
 import compress
 from data import UserError
+from data.chain import parse_step
 from data.loader import Batch, Windows
 from data.prepare import prepare
+from data.sources import in_ids_of
 from data.tokenizer import Tokenizer
-from model import Config, Transformer, config_from_hub, load, save
+from data.tokenizer_files import cut_tokenizer
+from model import Config, Transformer, load, save
+from shared import config_of
 
 TINY = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, max_position_embeddings=32)
@@ -42,7 +46,7 @@ def root(tmp_path_factory):
 def tiny(root=None, **changes):
     """A model with random weights of all kinds, and a history that names the data."""
     config = {**TINY, **changes}
-    model = Transformer(config_from_hub(config) if "model_type" in config else Config(**config)).eval()
+    model = Transformer(config_of(config) if "model_type" in config else Config(**config)).eval()
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -56,7 +60,7 @@ def tiny(root=None, **changes):
 @torch.no_grad()
 def family(name, root):
     config = {"model_type": name, **FAMILIES[name]}
-    model = Transformer(config_from_hub(config)).eval()
+    model = Transformer(config_of(config)).eval()
     for i, (k, t) in enumerate(model.state_dict().items()):
         t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(i)) * 0.2 + ("norm" in k))
     model.tie_weights()
@@ -66,8 +70,8 @@ def family(name, root):
 
 def step(model, root, text, windows=4, **changes):
     """(model, tokenizer, what the history says) of one step, without the command."""
-    step = compress.parse(text)
-    args = compress.arguments(["m", text, "--out", "o", "--calibration-windows", str(windows)])
+    step = parse_step(text, compress.STEPS)
+    args = compress.compress_arguments(["m", text, "--out", "o", "--calibration-windows", str(windows)])
     args.run = str(root / "run")
     for name, value in changes.items():
         setattr(args, name, value)
@@ -291,14 +295,14 @@ def test_the_least_used_ids_go_first_and_their_uses_go_to_their_parts(root):
     counts = np.zeros(264, np.int64)
     counts[[256, 257, 258, 259, 260]] = 1, 5, 2, 4, 0            # ab, cd, abc, ef, abcd = ab + cd
     def left(size):
-        kept, smaller = compress.cut_tokenizer(tokenizer, counts, size)
+        kept, smaller = cut_tokenizer(tokenizer, counts, size)
         assert kept.tolist() == sorted(kept.tolist()) and smaller.vocab_size == size
         return sorted(t for t in smaller.data["model"]["vocab"] if len(t) > 1)
     assert left(263) == ["ab", "abc", "cd", "ef"]
     assert left(262) == ["ab", "cd", "ef"]                       # abc: 2 uses, now ab's, that has 3
     assert left(261) == ["cd", "ef"] and left(260) == ["cd"] and left(259) == []
     with pytest.raises(UserError, match="bytes and special tokens"):
-        compress.cut_tokenizer(tokenizer, counts, 258)
+        cut_tokenizer(tokenizer, counts, 258)
 
 
 def test_template_ids_follow(root):
@@ -307,7 +311,7 @@ def test_template_ids_follow(root):
         {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [318], "tokens": ["<|im_start|>"]}}}
     assert tokenizer.special_tokens["<|im_start|>"] == 318
-    _, smaller = compress.cut_tokenizer(tokenizer, np.ones(320, np.int64), 300)
+    _, smaller = cut_tokenizer(tokenizer, np.ones(320, np.int64), 300)
     assert smaller._library(False).encode("a").ids == [298, smaller.encode("a")[0]] and smaller.bos_id == 298
 
 
@@ -330,7 +334,7 @@ def test_after_vocab_other_steps_read_the_same_text_in_the_new_ids(root, tmp_pat
     assert [entry["step"] for entry in small.history] == ["train", "vocab", "ffn", "recover", "int8"]
     assert small.config.vocab_size == 288 == tokenizer.vocab_size and small.config.intermediate_size == 64
     assert not list(tmp_path.glob("out.*"))
-    place = compress.in_ids_of(tokenizer, root / "data", tmp_path / "again")
+    place = in_ids_of(tokenizer, root / "data", tmp_path / "again")
     for split in ("train", "val"):
         texts = [t.decode([int(i) for i in np.fromfile(d / f"{split}.bin", np.uint16)])
                  for t, d in ((Tokenizer.load(root / "data"), root / "data"), (tokenizer, place))]

@@ -1,5 +1,5 @@
 """Rounding that looks at data: calibration, GPTQ and quantization-aware training."""
-import contextlib, copy, io, shutil
+import contextlib, copy, io, shutil, signal
 
 import numpy as np
 import pytest
@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import compress, distill, train
+import compress, distill, sample, train
 from data import UserError
+from data.chain import parse_step
 from data.loader import Batch, Windows
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from model import (LAYERS, Int4Linear, Transformer, absmax_scales, config_from_hub,
-                   dequantized, load, minmax_grid, rounded, save)
-from shared import correlated, hessian_of, trained
+from model import LAYERS, Int4Linear, Transformer, absmax_scales, dequantized, load, rounded, save
+from shared import config_of, correlated, hessian_of, trained
 
 TINY = dict(vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, max_position_embeddings=32)
@@ -42,7 +42,7 @@ def run(*argv):
 
 
 def args(**changes):
-    return compress.arguments(["m", "int4", "--out", "o", *(str(a) for k, v in changes.items()
+    return compress.compress_arguments(["m", "int4", "--out", "o", *(str(a) for k, v in changes.items()
                                                             for a in ("--" + k.replace("_", "-"), v))])
 
 
@@ -55,40 +55,35 @@ def loss_of(model, directory, windows=64):
 
 
 def output_error(weight, found, x):
-    integers, scales, offsets = found
-    return float(((weight - dequantized(integers, scales, offsets)).double() @ x.double().T).square().sum())
+    return float(((weight - dequantized(*found)).double() @ x.double().T).square().sum())
 
 
 # --- rounding to nearest ---
 
-@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("group", [32, 64])
-def test_nearest_is_at_most_half_a_step_away(group, asymmetric):
+def test_nearest_is_at_most_half_a_step_away(group):
     weight = correlated()[0] + 0.5
     dense = nn.Linear(64, 24)
     dense.weight.data = weight
-    layer = Int4Linear.from_dense(dense, group=group, **({"asymmetric": True} if asymmetric else {}))
+    layer = Int4Linear.from_dense(dense, group=group)
     step = layer.scales.float().repeat_interleave(group, 1)
-    # at the grid's ends, what float16 took from the scale or moved the offset by
-    slack = 7 * step * 2 ** -10 + (0 if layer.offsets is None else layer.offsets.float().abs().max() * 2 ** -10)
+    slack = 7 * step * 2 ** -10                                   # at the last integers, what float16 took from the scale
     assert ((weight - layer.dense()).abs() <= step / 2 + slack).all()
 
 
-def test_searched_grids_lose_no_more_than_the_widest():
+def test_searched_scales_lose_no_more_than_the_widest():
     weight, x = correlated()
     importance = hessian_of(x).diagonal().float()
-    for asymmetric in (False, True):
-        widest = minmax_grid(weight, 4, 32) if asymmetric else (absmax_scales(weight, 4, 32),)
-        found = compress.searched_grid(weight, importance, 4, 32, asymmetric)
-        losses = [((dequantized(rounded(weight, g[0], 4, *g[1:]), *g) - weight).square() * importance)
-                  .unflatten(1, (-1, 32)).sum(-1) for g in (widest, found)]
-        assert len(found) == 1 + asymmetric and found[0].dtype == torch.float16
-        assert (losses[1] <= losses[0]).all() and losses[1].sum() < 0.97 * losses[0].sum()
+    widest, found = absmax_scales(weight, 4, 32), compress.searched_scales(weight, importance, 4, 32)
+    losses = [((dequantized(rounded(weight, scales, 4), scales) - weight).square() * importance).unflatten(1, (-1, 32)).sum(-1)
+              for scales in (widest, found)]
+    assert found.shape == widest.shape and found.dtype == torch.float16
+    assert (losses[1] <= losses[0]).all() and losses[1].sum() < 0.97 * losses[0].sum()
 
 
 # --- GPTQ of one layer ---
 
-def brute_force(weight, hessian, importance, group, asymmetric, drift=None):
+def brute_force(weight, hessian, importance, group, drift=None):
     """The same by its definition, in float64: after each column the inverse Hessian of those that are left is made
     anew, and they take the change that makes up best for its error (Optimal Brain Surgeon)."""
     weight, n = weight.double().clone(), weight.shape[1]
@@ -98,36 +93,33 @@ def brute_force(weight, hessian, importance, group, asymmetric, drift=None):
     integers = torch.empty(weight.shape, dtype=torch.int8)
     for i in range(n):
         if i % group == 0:
-            grid = compress.searched_grid(weight[:, i:i + group].float(), importance[i:i + group], 4, group, asymmetric)
-        integers[:, i] = rounded(weight[:, i, None].float(), grid[0], 4, *grid[1:])[:, 0]
-        error = weight[:, i] - dequantized(integers[:, i, None], *grid)[:, 0].double()
+            scales = compress.searched_scales(weight[:, i:i + group].float(), importance[i:i + group], 4, group)
+        integers[:, i] = rounded(weight[:, i, None].float(), scales, 4)[:, 0]
+        error = weight[:, i] - dequantized(integers[:, i, None], scales)[:, 0].double()
         inverse = torch.linalg.inv(hessian[i:, i:])
         weight[:, i:] -= error[:, None] * inverse[0] / inverse[0, 0]
     return integers
 
 
-@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("with_drift", [False, True])
-def test_gptq_is_the_brute_force_algorithm(asymmetric, with_drift):
+def test_gptq_is_the_brute_force_algorithm(with_drift):
     weight, x = correlated(size=192, rows=12)                     # more than one block of 128 columns
     hessian = hessian_of(x)
     drift = torch.randn(12, 192, generator=torch.Generator().manual_seed(3)).double() @ hessian * 0.1 if with_drift else None
-    want = brute_force(weight, hessian, hessian.diagonal().float(), 32, asymmetric, drift)
-    integers, scales, offsets = compress.gptq(weight, hessian, 4, 32, asymmetric, drift)
+    want = brute_force(weight, hessian, hessian.diagonal().float(), 32, drift)
+    integers, scales = compress.gptq(weight, hessian, 4, 32, drift)
     assert integers.dtype == torch.int8 and integers.shape == weight.shape and scales.shape == (12, 6)
-    assert (offsets is not None) == asymmetric and scales.dtype == torch.float16
+    assert scales.dtype == torch.float16
     assert (integers != want).float().mean() < 0.01               # a float32 weight within an ulp of a rounding's edge
 
 
-@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("group", [32, 64])
-def test_gptq_keeps_outputs_better_than_nearest(group, asymmetric):
+def test_gptq_keeps_outputs_better_than_nearest(group):
     for seed in range(3):
         weight, x = correlated(seed=seed)
-        grid = minmax_grid(weight, 4, group) if asymmetric else (absmax_scales(weight, 4, group),)
-        nearest = rounded(weight, grid[0], 4, *grid[1:]), *grid, *(() if asymmetric else (None,))
-        found = compress.gptq(weight, hessian_of(x), 4, group, asymmetric)
-        assert found[0].min() >= -7 - asymmetric and found[0].max() <= 7
+        scales = absmax_scales(weight, 4, group)
+        nearest, found = (rounded(weight, scales, 4), scales), compress.gptq(weight, hessian_of(x), 4, group)
+        assert found[0].min() >= -7 and found[0].max() <= 7
         assert output_error(weight, found, x) < 0.5 * output_error(weight, nearest, x)
 
 
@@ -137,16 +129,16 @@ def test_drift_makes_up_for_inputs_that_changed():
     drift = weight.double() @ ((dense_x - x).T @ x).double()
     errors = []
     for d in (None, drift):
-        integers, scales, offsets = compress.gptq(weight, hessian_of(x), 4, 32, drift=d)
-        errors.append(float((dense_x @ weight.T - x @ dequantized(integers, scales, offsets).T).square().sum()))
+        integers, scales = compress.gptq(weight, hessian_of(x), 4, 32, drift=d)
+        errors.append(float((dense_x @ weight.T - x @ dequantized(integers, scales).T).square().sum()))
     assert errors[1] < 0.9 * errors[0]
 
 
 def test_dead_columns_and_singular_hessians(capsys):
     weight, x = correlated()
     x[:, 7] = x[:, 40] = 0
-    integers, scales, offsets = compress.gptq(weight, hessian_of(x), 4, 32)
-    found = dequantized(integers, scales, offsets)
+    integers, scales = compress.gptq(weight, hessian_of(x), 4, 32)
+    found = dequantized(integers, scales)
     step = scales.float().repeat_interleave(32, 1)
     inside = (weight.abs() <= 7 * step)[:, [7, 40]]
     assert ((found - weight).abs() <= step / 2 * 1.0001)[:, [7, 40]][inside].all()                   # rounded to nearest
@@ -200,8 +192,7 @@ def test_calibration_that_cannot_be(root, tmp_path):
 
 # --- GPTQ of a model ---
 
-@pytest.mark.parametrize("name, flags", [("dense", ()), ("tied", ()), ("dense", ("--asymmetric",)), ("tied", ("--head-bits", "8")),
-                                         ("dense", ("--head-bits", "16"))])
+@pytest.mark.parametrize("name, flags", [("dense", ()), ("tied", ()), ("tied", ("--head-bits", "8")), ("dense", ("--head-bits", "16"))])
 def test_gptq_beats_nearest(root, tmp_path, name, flags):
     run(root / name, "int4:32:gptq", *flags, "--out", tmp_path / "gptq")
     run(root / name, "int4", *flags, "--out", tmp_path / "rtn")
@@ -230,16 +221,16 @@ def test_other_families_and_packed_examples():
     for hub in (dict(model_type="gpt2", vocab_size=259, n_embd=64, n_layer=2, n_head=4, n_positions=32),
                 dict(model_type="mistral", vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=4, sliding_window=8, max_position_embeddings=32)):
-        model = Transformer(config_from_hub(hub)).eval()
+        model = Transformer(config_of(hub)).eval()
         for p in model.parameters():
             nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.2)
         ids = torch.arange(96).view(3, 32) * 7 % 259
         segments = torch.arange(32).expand(3, -1) // 10 * (torch.arange(32) < 30)           # the first ten, the end: padding
         dense = copy.deepcopy(model)
-        compress.gptq_model(model, compress.plan(model, 4, 32, 4), [Batch(ids, ids, segments), Batch(ids, ids, None)])
+        compress.gptq_model(model, compress.layers_to_quantize(model, 4, 32, 4), [Batch(ids, ids, segments), Batch(ids, ids, None)])
         assert not [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         rtn = copy.deepcopy(dense)
-        compress.round_to_nearest(rtn, compress.plan(rtn, 4, 32, 4))
+        compress.round_to_nearest(rtn, compress.layers_to_quantize(rtn, 4, 32, 4))
         with torch.no_grad():
             a = dense(ids).log_softmax(-1)
             kl = [float((a.exp() * (a - q(ids).log_softmax(-1))).sum(-1).mean()) for q in (model, rtn)]
@@ -250,11 +241,11 @@ def test_other_families_and_packed_examples():
 
 def test_rounding_lets_the_gradient_through():
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    for entry in ({"kind": "int8"}, {"kind": "int4", "group": 32}, {"kind": "int4", "group": 64, "asymmetric": True}):
+    for entry in ({"kind": "int8"}, {"kind": "int4", "group": 32}, {"kind": "int4", "group": 64}):
         spec = {k: v for k, v in entry.items() if k != "kind"}
         dense = nn.Linear(64, 6)
         dense.weight.data = weight.detach()
-        rounded_ = compress.Rounded.apply(weight, {"module": "m", **entry})
+        rounded_ = distill.Rounded.apply(weight, {"module": "m", **entry})
         assert torch.equal(rounded_, LAYERS[entry["kind"]].from_dense(dense, **spec).dense())
         g = torch.randn(6, 64)
         assert torch.equal(torch.autograd.grad(rounded_, weight, g)[0], g)
@@ -263,13 +254,13 @@ def test_rounding_lets_the_gradient_through():
 @pytest.mark.parametrize("name", ["dense", "tied"])
 def test_qat_loss_is_that_of_the_rounded_model_and_its_gradient_reaches_the_dense_one(root, name):
     teacher, model = load(root / name), load(root / name).train()
-    entries = compress.plan(model, 4, 32, 4)
+    entries = compress.layers_to_quantize(model, 4, 32, 4)
     rounded_, ids = copy.deepcopy(model).eval(), torch.arange(64).view(2, 32) * 7 % 250
     compress.round_to_nearest(rounded_, entries)
     rounded_ = compress.dequantize(rounded_)
     batch = Batch(ids, torch.cat((ids[:, 1:], torch.full((2, 1), -100)), dim=1), None)
     cfg = distill.DistillConfig(hard_weight=0.5)
-    loss, count, _ = compress.qat_loss(teacher, entries, cfg, 259)(model, batch)
+    loss, count, _ = distill.qat_loss(teacher, entries, cfg, 259)(model, batch)
     log_q, log_p = (m(ids)[:, :-1].flatten(0, 1).double().log_softmax(-1) for m in (rounded_, teacher))
     kl = F.kl_div(log_q[:, :259].log_softmax(-1), log_p[:, :259].log_softmax(-1), reduction="sum", log_target=True)
     want = 0.5 * kl + 0.5 * F.nll_loss(log_q, ids[:, 1:].flatten(), reduction="sum")
@@ -292,7 +283,7 @@ def test_qat(root, tmp_path, name, step, monkeypatch, capsys):
 
     monkeypatch.setenv("SLM_TEST_DTYPE", "float32")               # below the scores are compared to 1e-4
     train_fit = train.fit
-    monkeypatch.setattr(compress.train, "fit", fit)
+    monkeypatch.setattr(train, "fit", fit)
     run(root / name, step, "--qat-steps", 30, "--lr", "1e-3", "--out", tmp_path / "q")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "q"]
     saved, model = load(kept["best"]), load(tmp_path / "q")
@@ -305,7 +296,7 @@ def test_qat(root, tmp_path, name, step, monkeypatch, capsys):
     if name == "tied":
         assert model.lm_head is model.model.embed_tokens.table and saved.lm_head.weight is saved.model.embed_tokens.weight
     rtn = load(root / name)
-    rtn, *_ = compress.quantize_step(rtn, None, compress.parse(step[:4]), args())
+    rtn, *_ = compress.quantize_step(rtn, None, parse_step(step[:4], compress.STEPS), args())
     if step == "int4:qat":
         assert loss_of(model, root / "data") < loss_of(rtn, root / "data")
     entry = model.history[-1]
@@ -313,7 +304,7 @@ def test_qat(root, tmp_path, name, step, monkeypatch, capsys):
     assert "bits per byte of validation without training" in capsys.readouterr().out
     # what evaluation said is what the result is
     val = Windows(root / "data", "val", 32)
-    scored = compress.sample.figures(*compress.sample.score(compress.dequantize(model), val.evaluation_batches(256, 131072),
+    scored = sample.figures(*sample.score(compress.dequantize(model), val.evaluation_batches(256, 131072),
                                                             Tokenizer.load(root / name).token_bytes()))
     assert entry["val_loss"] == pytest.approx(scored["loss"], abs=1e-4)
 
@@ -325,7 +316,7 @@ def test_qat_resumes(root, tmp_path, monkeypatch):
 
     def interrupted(step, total, cfg, origin):
         if step == 5:
-            train.signal.raise_signal(train.signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return schedule(step, total, cfg, origin)
 
     monkeypatch.setattr(train, "lr_at", interrupted)
@@ -348,7 +339,7 @@ def test_qat_resumes(root, tmp_path, monkeypatch):
 @pytest.mark.parametrize("text, want", [("int4:gptq", ("int4", "32", "gptq")), ("int4:64:qat", ("int4", "64", "qat")),
                                         ("int8:qat", ("int8", "", "qat"))])
 def test_steps(text, want):
-    assert compress.parse(text) == want
+    assert tuple(parse_step(text, compress.STEPS)[:3]) == want
 
 
 @pytest.mark.parametrize("argv, match", [
@@ -358,8 +349,8 @@ def test_steps(text, want):
     (["int4:qat", "--calibration-windows", "3"], "--calibration-windows needs a step that calibrates"),
     (["int4:gptq", "--calibration-windows", "0"], "--calibration-windows is 0; it must be at least 1"),
     (["int4:gptq", "--qat-steps", "5"], "--qat-steps needs a step that trains"), (["int8", "--resume"], "--resume needs a step that trains"),
-    (["int8", "--asymmetric"], "--asymmetric needs a step of 4 bits"), (["int4:qat", "--lr", "nan"], "--lr is nan"),
-    (["int4", "gguf:q4_0", "--asymmetric"], "gguf:q4_0 has no offsets"), (["int4:64:gptq"], "down_proj: int4 in groups of 64 does not fit"),
+    (["int4:qat", "--lr", "nan"], "--lr is nan"),
+    (["int4:64:gptq"], "down_proj: int4 in groups of 64 does not fit"),
     (["int8", "int4:gptq"], "int4 comes after int8")])
 def test_wrong_commands(root, tmp_path, argv, match):
     with pytest.raises(UserError, match=match):

@@ -7,8 +7,8 @@ import torch
 
 import sample
 from data import UserError
-from data.tokenizer import Tokenizer
 from data.loader import IGNORE, Batch
+from data.tokenizer import Tokenizer
 from model import Config, Transformer, save
 
 V = 300
@@ -101,11 +101,11 @@ def test_repetition_penalty_makes_seen_ids_less_likely():
 def test_a_character_split_over_tokens_is_held_back():
     tokenizer = Tokenizer.from_bytes()
     text = "né 🙂 中文"
-    pieces = list(sample.pieces(tokenizer, text.encode("utf-8")))
-    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
-    cut = list(sample.pieces(tokenizer, "🙂".encode("utf-8")[:2]))
+    parts = list(sample.readable_pieces(tokenizer, text.encode("utf-8")))
+    assert "".join(parts) == text and "\ufffd" not in "".join(parts)
+    cut = list(sample.readable_pieces(tokenizer, "🙂".encode("utf-8")[:2]))
     assert "".join(cut) == "\ufffd"
-    assert "".join(sample.pieces(tokenizer, [65, 66, tokenizer.eos_id, 67], tokenizer.eos_ids)) == "AB"
+    assert "".join(sample.readable_pieces(tokenizer, [65, 66, tokenizer.eos_id, 67], tokenizer.eos_ids)) == "AB"
 
 
 def test_score_is_the_mean_of_log_probabilities_whatever_the_batch(model):
@@ -132,7 +132,7 @@ def talk(capsys, *argv):
     return capsys.readouterr().out
 
 
-def test_streamed_text_equals_the_text_of_all_ids(directory, model, capsys):
+def test_streamed_text_equals_the_parts_all_ids(directory, model, capsys):
     out = talk(capsys, directory, "--prompt", "ab", "--max-new-tokens", 30, "--seed", 5)
     tokenizer = Tokenizer.load(directory)
     ids = [int(i) for i in sample.continuations(model, tokenizer, "ab", seed=5, max_new_tokens=30, temperature=0.8, top_p=0.95)]
@@ -165,7 +165,7 @@ def answer(talker, *contents):
     """What the model says to a conversation, by the plain way."""
     roles = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
     ids = sample.continuations(talker[1], talker[2], talker[2].render(roles), temperature=0, max_new_tokens=9)
-    return "".join(sample.pieces(talker[2], (int(i) for i in ids), talker[2].eos_ids))
+    return "".join(sample.readable_pieces(talker[2], (int(i) for i in ids), talker[2].eos_ids))
 
 
 def conversation(talker, capsys, monkeypatch, text, *more):
@@ -215,13 +215,13 @@ def test_chat_forgets_the_oldest_turns_when_the_window_is_full(talker, capsys, m
 
 
 def test_ctrl_c_ends_only_the_answer(talker, capsys, monkeypatch):
-    whole, first = sample.pieces, answer(talker, "hello")
+    whole, first = sample.readable_pieces, answer(talker, "hello")
 
     def interrupted(tokenizer, ids, stop=()):
         text = whole(tokenizer, ids, stop)
         yield "".join(next(text) for _ in range(3))
         raise KeyboardInterrupt
-    monkeypatch.setattr(sample, "pieces", interrupted)
+    monkeypatch.setattr(sample, "readable_pieces", interrupted)
     said = conversation(talker, capsys, monkeypatch, "hello\n").out
     assert said == first[:len(said) - 1] + "\n"
 

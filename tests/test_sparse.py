@@ -11,8 +11,8 @@ from data import UserError
 from data.loader import Batch
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from model import Config, LowRankLinear, Transformer, config_from_hub, load, save
-from shared import correlated, hessian_of
+from model import Config, LowRankLinear, Transformer, load, save
+from shared import config_of, correlated, hessian_of
 
 TINY = dict(vocab_size=259, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, max_position_embeddings=32)
@@ -226,7 +226,7 @@ def test_gptq_of_two_factors_beats_nearest():
     up, down = compress.low_rank(model.model.layers[0].mlp.down_proj.weight.detach(), 32)
     model.replace({"module": "model.layers.0.mlp.down_proj", "kind": "lowrank", "rank": 32}, LowRankLinear.from_factors(up, down))
     x, errors = inputs_of(model, ids)["model.layers.0.mlp.down_proj.down"], []
-    entries = [e for e in compress.plan(model, 4, 32, 16) if "0.mlp.down_proj" in e["module"]]
+    entries = [e for e in compress.layers_to_quantize(model, 4, 32, 16) if "0.mlp.down_proj" in e["module"]]
     for rounding in (compress.round_to_nearest, lambda m, e: compress.gptq_model(m, e, [Batch(ids, ids, None)])):
         rounded = copy.deepcopy(model)
         rounding(rounded, entries)
@@ -271,7 +271,7 @@ def inputs_of(model, ids):
 @pytest.mark.parametrize("drifts", [False, True])
 @pytest.mark.parametrize("family", ["gated", "gpt2", "low"])
 def test_sums_are_those_of_the_inputs(root, drifts, family, tmp_path):
-    model = random_model(config_from_hub(dict(model_type="gpt2", vocab_size=259, n_embd=64, n_layer=2, n_head=4, n_positions=32))
+    model = random_model(config_of(dict(model_type="gpt2", vocab_size=259, n_embd=64, n_layer=2, n_head=4, n_positions=32))
                          if family == "gpt2" else Config(**TINY))
     if family == "low":
         for name in ("0.self_attn.o_proj", "1.mlp.up_proj", "1.mlp.down_proj"):

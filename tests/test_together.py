@@ -8,6 +8,8 @@ import compress
 import sample
 from data import UserError
 from data.loader import IGNORE, Batch
+from data.measure import cascade_curve, cascade_rows, measure
+from data.report import table
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, save
 
@@ -157,7 +159,7 @@ def test_the_curve_of_a_cascade_scores_each_token_by_the_one_that_writes_it(big)
         ids = torch.randint(V, (3, 12), generator=g)
         batches.append(Batch(ids[:, :-1], ids[:, 1:].clone(), None))
     batches[0].targets[1, 4:] = IGNORE
-    curve = sample.cascade_curve(small, big, batches, token_bytes, (0.0, 0.1, 0.5))
+    curve = cascade_curve(small, big, batches, token_bytes, (0.0, 0.1, 0.5))
     tokens = []                                                 # (lead, nats of the small one, nats of the big one, window, place)
     for b, batch in enumerate(batches):
         ps, pb = (m(batch.ids).detach().double().softmax(-1) for m in (small, big))
@@ -182,9 +184,9 @@ def test_rows_of_a_cascade_fit_the_table(big):
     models = {"small": tiny(5), "big": big}
     ids = torch.randint(V, (4, 21), generator=torch.Generator().manual_seed(2))
     batches = [Batch(ids[:, :-1], ids[:, 1:], None)]
-    rows = sample.measure(models, batches, torch.ones(V), prompt_tokens=8, new_tokens=10, rounds=1)
-    more = sample.cascade_rows(models, rows, batches, torch.ones(V), (0.25,))
-    shown = sample.table(rows + more)
+    rows = measure(models, batches, torch.ones(V), prompt_tokens=8, new_tokens=10, rounds=1)
+    more = cascade_rows(models, rows, batches, torch.ones(V), (0.25,))
+    shown = table(rows + more)
     assert shown.count("small + big 25%") == 3 and "handed over while timed: " in shown
     assert more[0]["parameters"] == rows[0]["parameters"] + rows[1]["parameters"]
 
@@ -217,7 +219,7 @@ def test_flags_that_guess_do_not_change_the_text(directories, capsys, temperatur
     assert talk(capsys, *flags, "--chat").out == talk(capsys, *flags, "--chat", "--draft", directories / "small").out
 
 
-def test_flags_that_hand_over(directories, capsys, tmp_path):
+def test_flags_that_hand_over(directories, capsys):
     flags = ("--prompt", "ab", "--max-new-tokens", 40, "--temperature", 0)
     small, big, other = (talk(capsys, directories / name, *flags).out for name in ("small", "big", "other"))
     assert len({small, big, other}) == 3
@@ -225,9 +227,8 @@ def test_flags_that_hand_over(directories, capsys, tmp_path):
     done = over(directories / "big", "--margin", 0.9999)
     assert done.out == big and "100% of" in done.err
     assert over(directories / "big", "--margin", 1e-9).out == small
-    (tmp_path / "held.txt").write_text("ab ac ad\n" * 60, encoding="utf-8")
-    done = over(directories / "big", "--margin", "30%", "--calibrate", tmp_path / "held.txt")
-    assert "hands over 30% of held-out text" in done.err and "tokens were handed over" in done.err
+    done = over(directories / "big")
+    assert "tokens were handed over" in done.err and done.out == over(directories / "big", "--margin", 0.2).out
     done = over(directories / "other", "--margin", 0.9999)
     assert done.out == other and "the answer is handed over" in done.err
     done = over(directories / "other", "--margin", 1e-9)
@@ -237,14 +238,11 @@ def test_flags_that_hand_over(directories, capsys, tmp_path):
 @pytest.mark.parametrize("flags, match", [
     (["--draft", "other"], "other has another tokenizer"), (["--draft", "big"], "is the model itself: give a smaller"), (["--escalate", "big"], "give a larger"),
     (["--draft", "nowhere"], "no directory"), (["--draft", "small", "--lookup"], "not allowed with"), (["--lookup", "--samples", "2"], "--lookup is for one"),
-    (["--margin", "0.2"], "--margin says when .* --escalate"), (["--escalate", "small", "--margin", "1.5"], "--margin is 1.5; it must"),
-    (["--escalate", "small", "--margin", "0%"], "--margin is 0%; it must"), (["--escalate", "small", "--margin", "few"], "--margin is few; it must"),
-    (["--escalate", "small"], "--margin 20% is a share of held-out text"), (["--escalate", "other"], "other has another tokenizer.* number below 1"),
-    (["--escalate", "other", "--chat", "--margin", "0.2"], "leave out --chat"), (["--self-draft", "3"], "has 3 layers"),
-    (["--escalate", "small", "--calibrate", "short.txt"], "has 3 tokens")])
+    (["--margin", "0.3"], "--margin says when .* --escalate"), (["--escalate", "small", "--margin", "1.5"], "--margin is 1.5; it must"),
+    (["--escalate", "small", "--margin", "0"], "--margin is 0.0; it must"), (["--escalate", "small", "--margin", "20%"], "--margin: invalid float"),
+    (["--escalate", "other", "--chat", "--margin", "0.2"], "leave out --chat"), (["--self-draft", "3"], "has 3 layers")])
 def test_what_does_not_fit_together(directories, flags, match, monkeypatch):
     monkeypatch.chdir(directories)
-    (directories / "short.txt").write_text("abc", encoding="utf-8")
     with pytest.raises(UserError, match=match):
         sample.main(["big", "--prompt", "ab", "--max-new-tokens", "3", *flags])
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from data import UserError
-from data.tokenizer import QWEN2, Tokenizer, byte_alphabet
+from data.tiktoken_plan import QWEN2
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import byte_alphabet
 
 tokenizers = pytest.importorskip("tokenizers")
 models, trainers = tokenizers.models, tokenizers.trainers

@@ -8,9 +8,13 @@ import torch.nn.functional as F
 
 import train
 from data import UserError
+from data.checkpoints import whole
 from data.loader import IGNORE, LEARNED, Batch, Windows
+from data.machine import Machine
 from data.prepare import prepare
-from model import Config, Transformer, load, whole
+from data.runs import Log, read_log, read_state
+from model import Config, Transformer, load
+from data.schedule import is_due, is_falling, new_origin, plan
 
 ROOT = Path(train.__file__).parent
 TINY = "--layers 2 --width 32 --heads 2 --context 32 --batch-size 4 --warmup 3 --evals 2 --eval-tokens 512 --save-seconds 1e9".split()
@@ -30,11 +34,11 @@ def go(data, out, *flags):
 
 def steps(out):
     """log.jsonl without what a clock wrote."""
-    return [{k: v for k, v in line.items() if "second" not in k} for line in train.read_log(Path(out) / "log.jsonl")]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in read_log(Path(out) / "log.jsonl")]
 
 
 def state(out):
-    s = train.read_state(out)
+    s = read_state(out)
     return s["optimizers"], load(Path(out) / "last").state_dict()
 
 
@@ -167,17 +171,17 @@ def whole_run(data, tmp_path_factory):
 
 @pytest.mark.parametrize("stop", [1, 6, 7, 11])
 def test_resume_is_the_uninterrupted_run_bit_for_bit(data, whole_run, tmp_path, stop, monkeypatch):
-    real = train.Log.write
+    real = Log.write
 
     def write(self, **line):                       # a Ctrl-C during step `stop`
         real(self, **line)
         if line["step"] == stop and "loss" in line:
             signal.raise_signal(signal.SIGINT)
-    monkeypatch.setattr(train.Log, "write", write)
+    monkeypatch.setattr(Log, "write", write)
     with pytest.raises(KeyboardInterrupt):
         go(data, tmp_path / "run", "--steps", 12, "--dropout", 0.1, "--micro-batch", 2)
     monkeypatch.undo()
-    assert train.read_state(tmp_path / "run")["step"] == stop
+    assert read_state(tmp_path / "run")["step"] == stop
     train.main(["--out", str(tmp_path / "run"), "--resume"])
     assert steps(tmp_path / "run") == steps(whole_run)
     assert equal(state(tmp_path / "run"), state(whole_run))
@@ -263,7 +267,7 @@ def test_killed_at_random_moments_it_always_resumes(data, whole_run, tmp_path):
         p = subprocess.Popen([sys.executable, *map(str, flags), "--resume"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             assert p.wait(timeout=rng.uniform(2.5, 4.0) if kills < 20 else 300) == 0, p.stderr.read()
-            if kills >= 20 or train.read_state(out)["step"] == 12:
+            if kills >= 20 or read_state(out)["step"] == 12:
                 break
         except subprocess.TimeoutExpired:
             p.kill()
@@ -304,7 +308,7 @@ def test_bad_input(data, whole_run, examples, tmp_path, monkeypatch):
     refused("--out", whole_run, "--resume", "--preset", "hour", match="--preset is hour, but the run")
     monkeypatch.setitem(sys.modules, "wandb", None)                                  # as if it were not installed
     refused("--data", data, "--out", whole_run, "--overwrite", "--wandb", "project", match="install wandb")
-    assert load(whole_run).history and train.read_log(whole_run / "log.jsonl")      # it is all still there
+    assert load(whole_run).history and read_log(whole_run / "log.jsonl")      # it is all still there
     other = Path(shutil.copytree(whole_run, tmp_path / "other"))
     t = json.loads((other / "best" / "tokenizer.json").read_text(encoding="utf-8"))
     t["model"]["vocab"]["zz"] = t["model"]["vocab"].pop("z")
@@ -332,36 +336,36 @@ def test_a_finished_run_resumes_to_itself_and_further(data, whole_run, tmp_path,
     train.main(["--out", str(run), "--resume"])
     assert "at step 12 of 12 already" in capsys.readouterr().out and equal(state(run), state(whole_run))
     train.main(["--out", str(run), "--resume", "--steps", "15", "--weight-decay", "0.25"])
-    assert "of a run of 15 steps" in capsys.readouterr().out and train.read_state(run)["step"] == 15
-    assert 0.25 in [group["weight_decay"] for o in train.read_state(run)["optimizers"] for group in o["param_groups"]]
+    assert "of a run of 15 steps" in capsys.readouterr().out and read_state(run)["step"] == 15
+    assert 0.25 in [group["weight_decay"] for o in read_state(run)["optimizers"] for group in o["param_groups"]]
     assert steps(run)[:12] == steps(whole_run)[:12] and len(load(run / "last").history) == 1
 
 
 def test_a_time_budget_becomes_steps_again_when_the_machine_was_busy_at_first(capsys):
-    cfg, machine = train.TrainConfig(minutes=1, evals=3), train.Machine(torch.device("cpu"), torch.float32, 0, 1, None)
-    assert train.plan(13, 0, 13.0, 1.0, 2.0, cfg, machine) == 54             # 13 + 47 s / 1 s - 3 evaluations of 2 steps
-    assert train.plan(50, 54, 20.0, 0.1, 2.0, cfg, machine) == 444 and "444 steps of 100 ms" in capsys.readouterr().out
-    assert train.plan(100, 444, 25.5, 0.1, 2.0, cfg, machine) == 444 and not capsys.readouterr().out       # 439: near
-    assert train.plan(60, 444, 61.0, 0.1, 2.0, cfg, machine) == 61           # the time is over: one more, and its end
-    assert train.plan(13, 0, 13.0, 1.0, 20.0, cfg, machine) == 20            # two evaluations of three fit
+    cfg, machine = train.TrainConfig(minutes=1, evals=3), Machine(torch.device("cpu"), torch.float32, 0, 1, None)
+    assert plan(13, 0, 13.0, 1.0, 2.0, cfg, machine) == 54             # 13 + 47 s / 1 s - 3 evaluations of 2 steps
+    assert plan(50, 54, 20.0, 0.1, 2.0, cfg, machine) == 444 and "444 steps of 100 ms" in capsys.readouterr().out
+    assert plan(100, 444, 25.5, 0.1, 2.0, cfg, machine) == 444 and not capsys.readouterr().out       # 439: near
+    assert plan(60, 444, 61.0, 0.1, 2.0, cfg, machine) == 61           # the time is over: one more, and its end
+    assert plan(13, 0, 13.0, 1.0, 20.0, cfg, machine) == 20            # two evaluations of three fit
 
 
 def test_a_time_budget_follows_the_machine_while_the_rate_falls(capsys):
     """A slow end does not lengthen a run and a busy start does not shorten it by more than a fifth; the rate falls on
     without a jump."""
     def end_of(pace):                                                        # pace(second): seconds of a step then
-        cfg, machine = train.TrainConfig(minutes=5, evals=3), train.Machine(torch.device("cpu"), torch.float32, 0, 1, None)
+        cfg, machine = train.TrainConfig(minutes=5, evals=3), Machine(torch.device("cpu"), torch.float32, 0, 1, None)
         step, total, seconds, origin, recent, rates = 0, 0, 0.0, (0, 0.0), collections.deque(maxlen=40), []
         while not total or step < total:
             rates.append(train.lr_at(step, total or 10 ** 9, cfg, origin))
             recent.append(pace(seconds))
             step, seconds = step + 1, seconds + recent[-1]
-            falling = train.is_falling(step, total, origin, cfg)
-            if train.is_due(step, total, falling, cfg):
-                planned, total = total, train.plan(step, total, seconds, sum(recent) / len(recent), 0.0, cfg, machine,
+            falling = is_falling(step, total, origin, cfg)
+            if is_due(step, total, falling, cfg):
+                planned, total = total, plan(step, total, seconds, sum(recent) / len(recent), 0.0, cfg, machine,
                                                    origin if falling else None)
                 if total != planned:
-                    origin = train.new_origin(step, planned, total, origin, falling)
+                    origin = new_origin(step, planned, total, origin, falling)
         jumps = [b - a for a, b in zip(rates[20:], rates[21:])]
         assert max(jumps) < 1e-9 and min(jumps) > -0.1 and rates[-1] < 0.1
         return seconds

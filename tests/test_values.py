@@ -8,11 +8,15 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from data import UserError
+from data.hub import FAMILIES
+from data.labels import Cache
 from data.loader import Windows, open_split
+from data.native import SOURCE, build_library, built_library
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from data.values import check_values
-from model import FAMILIES, Config, Transformer, build_library, built_library, config_from_hub, load, save
+from model import Config, Transformer, load, save
+from shared import config_of
 
 TINY = dict(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
             head_dim=16, max_position_embeddings=64)
@@ -124,7 +128,7 @@ def test_an_absent_field_has_the_familys_default(family):
     sizes = {renamed.get(k, k): 32 if k == "num_attention_heads" else v for k, v in SIZES.items()}
     for more in ({}, {"num_key_value_heads": None})[:1 if family == "mistral" else 2]:      # transformers refuses null there
         theirs = transformers.CONFIG_MAPPING[family](**sizes, **more)
-        ours = config_from_hub({"model_type": family, **sizes, **more})
+        ours = config_of({"model_type": family, **sizes, **more})
         for name in ("max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "hidden_act", "intermediate_size", "num_key_value_heads",
                      "head_dim", "sliding_window"):
             if (value := getattr(theirs, renamed.get(name, name), None)) is not None:
@@ -132,7 +136,7 @@ def test_an_absent_field_has_the_familys_default(family):
         if family != "gpt2":
             assert ours.rope["rope_theta"] == theirs.rope_parameters["rope_theta"]
     if family == "mistral":
-        assert config_from_hub({"model_type": family, **sizes, "sliding_window": None}).sliding_window == 0
+        assert config_of({"model_type": family, **sizes, "sliding_window": None}).sliding_window == 0
 
 
 def long(n, **more):
@@ -286,7 +290,6 @@ def test_an_id_beyond_the_vocabulary_is_found(prepared, tmp_path):
 # --- a cache of labels ---
 
 def test_a_caches_header_and_files_are_checked(tmp_path):
-    import distill
     header = dict(format=2, teacher="t", tokenizer="k", data="d", labels="sampled", id_type="uint16", context=4, windows=2, seed=0, draws=9,
                   tokens=8, bytes_per_token=9.0, seconds=0.5)
     files = dict(offsets=np.array([0, 4, 9], np.int64), lengths=np.array([1, 1, 1, 1, 2, 1, 1, 1], np.uint8), ids=np.arange(9, dtype=np.uint16),
@@ -297,7 +300,7 @@ def test_a_caches_header_and_files_are_checked(tmp_path):
         (tmp_path / "header.json").write_text(json.dumps(values), encoding="utf-8")
         for name, array in {**files, **arrays}.items():
             array.tofile(tmp_path / f"{name}.bin")
-        return distill.Cache(tmp_path, {"windows": values.get("windows")}, 9)
+        return Cache(tmp_path, {"windows": values.get("windows")}, 9)
     assert opened().header == header
     for name in header:
         for value in (..., None, True, [], {}, "x", -1, float("nan"), 2 ** 70):
@@ -320,7 +323,7 @@ def test_a_caches_header_and_files_are_checked(tmp_path):
 def test_a_library_that_others_can_write_is_not_loaded(tmp_path):
     old = os.umask(0o002)
     try:
-        assert build_library(tmp_path, "key", ["cc"]) is not None
+        assert build_library(tmp_path, "key", SOURCE.read_text(encoding="utf-8"), ["cc"]) is not None
     finally:
         os.umask(old)
     file, = tmp_path.glob("kernels-key-*.so")

@@ -1,0 +1,117 @@
+"""Commands: flags, standard streams, and one sentence for each mistake that a person can mend."""
+import argparse, dataclasses, difflib, errno, functools, inspect, os, re, sys
+
+from data import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the script's docstring as help, and one sentence instead of a page when a flag is wrong."""
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
+    def parse_args(self, argv=None, namespace=None):
+        self._given = sys.argv[1:] if argv is None else argv
+        return super().parse_args(argv, namespace)
+
+    def error(self, message):
+        flags = [a.split("=")[0] for a in self._given if a.startswith("--")]
+        near = [m for f in flags if f not in self._option_string_actions
+                for m in difflib.get_close_matches(f, self._option_string_actions, 1)]
+        raise UserError(message + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"))
+
+
+def open_streams():
+    """Gives the standard streams that a caller has closed an end that takes everything, and all of them utf-8."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)                   # takes the lowest free number: this one
+        stream = getattr(sys, name) or open(os.devnull, "w" if number else "r", encoding="utf-8")
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):                   # a Windows console or a pipe may not be utf-8
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def sentence(error):
+    """What to say of an error that the system raised, or None: it is a bug and keeps its traceback."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+        return "the disk is full, or your share of it; what was there before is whole: free some space and run it again"
+    if number == errno.EFBIG:
+        return "a file became larger than this system allows (ulimit -f); what was there before is whole"
+    if isinstance(error, OSError) and number:
+        return (f"{error.filename}: " if error.filename is not None else "") + (error.strerror or str(error))
+    memory = ("can't allocate memory", "Storage size calculation overflowed", "out of memory", "not enough memory")
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(m in str(error) for m in memory):
+        return ("this does not fit the memory of this machine: take a smaller model, or lower --batch-size, "
+                "--micro-batch or --context")
+    return None
+
+
+def run(main):
+    """Calls main() as a command: mistakes end in one sentence and exit code 2, bugs keep their traceback."""
+    open_streams()
+    code, message = 2, None
+    try:
+        main()
+        sys.stdout.flush()                                   # so that a closed pipe shows here, not at interpreter exit
+        return
+    except UserError as error:
+        message = f"error: {error}"
+    except KeyboardInterrupt:
+        code, message = 130, "\nstopped"
+    except BrokenPipeError:                                  # `python sample.py ... | head`: nobody listens any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not (said := sentence(error)):
+            raise
+        message = f"error: {said}"
+    if message:
+        print(message[0] + message[1:].replace("\n", " "), file=sys.stderr)
+    sys.exit(code)
+
+
+def flags_of(config_class, description, argv=None, positional=(), hidden=()):
+    """{field: value} of the flags that were given; each field of a dataclass is a flag, and its comment the help.
+
+    Fields in `positional` are written without a flag; those in `hidden` cannot be given. Raises UserError.
+    """
+    parser = Parser(description)
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", "".join(inspect.getsource(c) for c in
+                                                                  reversed(config_class.__mro__[:-1])), re.M))
+    for f in dataclasses.fields(config_class):
+        if f.name in hidden:
+            continue
+        flag, help = "--" + f.name.replace("_", "-"), comments.get(f.name, "").replace("%", "%%")
+        if f.name in positional:
+            parser.add_argument(f.name, nargs="?", default=argparse.SUPPRESS, help=help)
+            continue
+        help += f" (default: {f.default!r})"
+        if f.type in (bool, "bool"):                             # --no-compile switches off what --preset switches on
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+        else:
+            parser.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, help=help)
+    return vars(parser.parse_args(argv))
+
+
+def numbers(text, flag, first, last):
+    """The whole numbers of "0,2,5". Raises UserError if one is not in first ... last."""
+    if not all(n.strip().isdigit() and first <= int(n) <= last for n in text.split(",")):
+        raise UserError(f"{flag} {text} must be whole numbers from {first} to {last}, written like 0,2,5")
+    return [int(n) for n in text.split(",")]
+
+
+def decoded(data, where):
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{where} is not UTF-8 text") from None
+
+
+@functools.cache
+def say_once(text):
+    """Prints a sentence to standard error, once in a process."""
+    print(text, file=sys.stderr)

@@ -1,0 +1,335 @@
+"""config.json and tensor names of the Hub's model families: to those of model.py, and back.
+
+One row of FAMILIES is a family: its switches, its names, and how its tensors are fused or transposed.
+"""
+import dataclasses, math
+from pathlib import Path
+
+import torch
+
+from data import UserError
+from data.files import read_json
+from data.values import check_values
+
+COMPRESSED = "slm-compressed"               # model_type of a directory that only this project opens
+FORMAT = 1                                  # of what we add to config.json; a newer one is refused by name
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+         "num_key_value_heads", "head_dim", "max_position_embeddings")
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+SCALED = {"default": (), "linear": ("factor",),                # kinds of rotary positions, and what each needs to know
+          "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+          "longrope": ("factor", "short_factor", "original_max_position_embeddings")}
+WINDOWS = ("full_attention", "sliding_attention")
+# What Config and its `rope` may hold: a type, and of numbers the smallest and the largest (see check_values). They come
+# from files: a size that no model has must not take all memory, or begin a loop.
+FIELDS = {**dict.fromkeys(SIZES, (int, 1, 2 ** 24)), "num_hidden_layers": (int, 1, 10_000),
+          **dict.fromkeys(("tie_word_embeddings", "qk_norm", "qkv_bias", "o_bias", "mlp_bias", "gated", "layer_norm",
+                           "learned_positions"), (bool,)),
+          "rms_norm_eps": (float, 0, 1), "hidden_act": (str,), "sliding_window": (int, 0, 2 ** 40), "rope": (dict,)}
+ROPE_FIELDS = {"rope_type": (str,), "rope_theta": (float, 1e-3, 1e30), "partial_rotary_factor": (float, 0, 1),
+               **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (float, 1e-3, 1e6)),
+               "original_max_position_embeddings": (int, 2, 2 ** 24), "attention_factor": (float, 0, 1e6),
+               **dict.fromkeys(("short_factor", "long_factor"), ([float], 1e-3, 1e6))}
+LARGEST = 2 ** 31                           # elements of a tensor: Llama 3.1 405B's embedding has 2.1 billion
+
+
+def check_config(config, activations):
+    """Raises UserError for a Config whose fields have a wrong type or size, or do not fit together."""
+    check_values(vars(config), FIELDS, "the model's shape")
+    check_values(config.rope, ROPE_FIELDS, "rotary positions", needed=ROPE)
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(f"num_attention_heads ({config.num_attention_heads}) is not a multiple of "
+                        f"num_key_value_heads ({config.num_key_value_heads})")
+    for name, value, known in (("hidden_act", config.hidden_act, activations),
+                               ("rope_type", config.rope["rope_type"], SCALED)):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is not supported; supported: {', '.join(known)}")
+    kind, turned = config.rope["rope_type"], int(config.head_dim * config.rope["partial_rotary_factor"])
+    if turned % 2 or not turned:
+        raise UserError(f"head_dim ({config.head_dim}) must be even: rotary positions turn pairs of channels")
+    check_values(config.rope, ROPE_FIELDS, f"rope_type {kind!r}", needed=SCALED[kind])
+    if kind == "llama3" and config.rope["low_freq_factor"] >= config.rope["high_freq_factor"]:
+        raise UserError(f"low_freq_factor ({config.rope['low_freq_factor']}) must be below high_freq_factor "
+                        f"({config.rope['high_freq_factor']})")
+    for name in {"short_factor", "long_factor"} & config.rope.keys() if kind == "longrope" else ():
+        if len(config.rope[name]) != turned // 2:
+            raise UserError(f"{name} has {len(config.rope[name])} numbers; {turned} rotary channels need "
+                            f"{turned // 2}")
+    if config.layer_types is not None:
+        check_values(vars(config), {"layer_types": ([str],)}, "the model's shape")
+        if len(config.layer_types) < config.num_hidden_layers or set(config.layer_types) - set(WINDOWS):
+            raise UserError(f"layer_types must name one of {', '.join(WINDOWS)} for each of "
+                            f"{config.num_hidden_layers} layers")
+    heads = config.num_attention_heads * config.head_dim
+    rows = {"vocab_size": config.vocab_size, "intermediate_size": config.intermediate_size,
+            "num_attention_heads * head_dim": heads}
+    if config.learned_positions:
+        rows["max_position_embeddings"] = config.max_position_embeddings
+    for name, n in rows.items():
+        if n * config.hidden_size > LARGEST:
+            raise UserError(f"{name} ({n:,}) times hidden_size ({config.hidden_size:,}) is more than the {LARGEST:,} "
+                            "numbers that a tensor may have: make one of them smaller")
+
+
+def stretched(f, rope):
+    """Rotary frequencies f (R/2,), changed for windows longer than those of training, and a factor for cos and sin.
+
+    rope: Config.rope; kinds: linear (Chen et al., 2023), llama3 (Dubey et al., 2024), longrope (Ding et al., 2024).
+    """
+    if rope["rope_type"] == "linear":
+        return f / rope["factor"], 1.0
+    if rope["rope_type"] == "llama3":                # slow turns are stretched, fast ones kept, those between blended
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)      # in the window of the first training
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return f * (keep + (1 - keep) / rope["factor"]), 1.0
+    if rope["rope_type"] == "longrope":              # the short factors only: our window ends where they do
+        stretch, scale = rope["factor"], rope.get("attention_factor")
+        if scale is None:
+            scale = math.sqrt(1 + math.log(max(1, stretch)) / math.log(rope["original_max_position_embeddings"]))
+        return f / torch.tensor(rope["short_factor"], device="cpu"), scale
+    return f, 1.0
+
+
+@dataclasses.dataclass
+class Family:
+    architecture: str
+    switches: callable                       # config.json (under our names) -> fields of Config
+    renamed: dict = dataclasses.field(default_factory=dict)         # our name of a config field -> theirs
+    unnamed: tuple = ()                      # config fields that follow from others there
+    defaults: dict = dataclasses.field(default_factory=dict)        # what transformers takes where a field is absent
+    rope_types: tuple = ("default", "linear", "llama3", "longrope")           # () for positions that are learned
+    partial: bool = False                    # whether transformers turns only a part of each head's channels
+    tensors: tuple = ()                      # (their module, our modules that are fused in it, stored transposed?)
+    prefixes: tuple = ()                     # (ours, theirs) for the other tensors
+
+
+def llama(h):
+    bias = h.get("attention_bias", False)
+    return dict(qk_norm=False, qkv_bias=bias, o_bias=bias, mlp_bias=h.get("mlp_bias", False))
+
+
+def mistral(h):
+    return dict(qk_norm=False, sliding_window=h.get("sliding_window", 0))
+
+
+def qwen2(h):
+    return dict(qk_norm=False, qkv_bias=True, **qwen_window(h))
+
+
+def qwen3(h):
+    bias = h.get("attention_bias", False)
+    return dict(qkv_bias=bias, o_bias=bias, **qwen_window(h))
+
+
+def qwen_window(h):
+    if not h.get("use_sliding_window"):               # a window may be written, and off
+        return {}
+    slides = [i >= h.get("max_window_layers", 28) for i in range(h["num_hidden_layers"])]
+    return dict(sliding_window=h.get("sliding_window", 0),
+                layer_types=h.get("layer_types") or [WINDOWS[slide] for slide in slides])
+
+
+def phi3(h):
+    return dict(qk_norm=False, sliding_window=h.get("sliding_window", 0))
+
+
+def gpt2(h):
+    for name, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if h.get(name, usual) != usual:
+            raise UserError(f"GPT-2 with {name} = {h[name]} is not supported")
+    return dict(qk_norm=False, qkv_bias=True, o_bias=True, mlp_bias=True, gated=False, layer_norm=True,
+                learned_positions=True)
+
+
+QWEN = dict(max_position_embeddings=32768, intermediate_size=22016, num_key_value_heads=32, sliding_window=4096)
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+FAMILIES = {
+    "qwen3": Family("Qwen3ForCausalLM", qwen3, defaults=dict(QWEN, head_dim=128)),
+    "qwen2": Family("Qwen2ForCausalLM", qwen2, defaults=QWEN),
+    "llama": Family("LlamaForCausalLM", llama, defaults=dict(max_position_embeddings=2048, intermediate_size=11008)),
+    "mistral": Family("MistralForCausalLM", mistral, defaults=dict(
+        max_position_embeddings=131072, intermediate_size=14336, num_key_value_heads=8, sliding_window=4096)),
+    "phi3": Family("Phi3ForCausalLM", phi3, rope_types=("default", "longrope"), partial=True, defaults=dict(
+        max_position_embeddings=4096, original_max_position_embeddings=4096, intermediate_size=8192,
+        rms_norm_eps=1e-5), tensors=(
+        ("self_attn.qkv_proj", QKV, False), ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), False))),
+    "gpt2": Family(
+        "GPT2LMHeadModel", gpt2, unnamed=("num_key_value_heads", "head_dim"), rope_types=(),
+        defaults=dict(max_position_embeddings=1024, tie_word_embeddings=True, hidden_act="gelu_new", rms_norm_eps=1e-5),
+        renamed=dict(hidden_size="n_embd", intermediate_size="n_inner", num_hidden_layers="n_layer",
+                     num_attention_heads="n_head", max_position_embeddings="n_positions",
+                     rms_norm_eps="layer_norm_epsilon", hidden_act="activation_function"),
+        tensors=(("attn.c_attn", QKV, True), ("attn.c_proj", ("self_attn.o_proj",), True),
+                 ("mlp.c_fc", ("mlp.up_proj",), True), ("mlp.c_proj", ("mlp.down_proj",), True)),
+        prefixes=(("model.layers.", "transformer.h."), ("input_layernorm.", "ln_1."),
+                  ("post_attention_layernorm.", "ln_2."), ("model.embed_tokens.", "transformer.wte."),
+                  ("model.embed_positions.", "transformer.wpe."), ("model.norm.", "transformer.ln_f."))),
+}
+# Other fields of config.json that are read; null is as good as absent.
+HUB_FIELDS = {"slm_format": (int, 0, 2 ** 31), **dict.fromkeys(("model_type", "base_model_type"), (str,)),
+              **dict.fromkeys(("switches", "rope_scaling", "rope_parameters"), (dict,)),
+              "compression": (list,), "history": ([dict],), "exits": ([int], 1, 10_000),
+              **dict.fromkeys(("use_sliding_window", "attention_bias", "mlp_bias", "scale_attn_weights",
+                               "scale_attn_by_inverse_layer_idx"), (bool,)),
+              "layer_types": ([str],), "max_window_layers": (int, 0, 2 ** 31), **ROPE_FIELDS, **FIELDS}
+ENTRY = {**dict.fromkeys(("step", "data", "data_sha256", "tokenizer"), (str,)), "seed": (int,), "batch_size": (int,),
+         "context": (int, 1, 2 ** 24), "val_bits_per_byte": (float,), **dict.fromkeys(("parent", "teacher"), (dict,))}
+
+
+def read_config(directory):
+    """config.json as a dict whose fields have the types and sizes that the scripts rely on. Raises UserError."""
+    path = Path(directory) / "config.json"
+    hub = read_json(path)
+    family = FAMILIES.get(str(hub.get("base_model_type") or hub.get("model_type")))
+    renamed = family.renamed if family else {}
+    check_values({k: v for k, v in hub.items() if v is not None},
+                 {renamed.get(k, k): rule for k, rule in HUB_FIELDS.items()}, path)
+    for i, entry in enumerate(hub.get("history") or []):
+        needed = ("step", "data") if "data_sha256" in entry else ("step",)
+        check_values(entry, ENTRY, f"{path}: history, entry {i}", needed=needed)
+    layers = hub.get(renamed.get("num_hidden_layers", "num_hidden_layers"))
+    if hub.get("layer_types") and len(hub["layer_types"]) != layers:
+        raise UserError(f"{path}: layer_types names {len(hub['layer_types'])} layers, but there are {layers}")
+    method = hub.get("quantization_config") or hub.get("compression_config")
+    if method:
+        method = method.get("quant_method") if isinstance(method, dict) else None
+        raise UserError(f"{path} has quantization_config{f' ({method})' if method else ''}: weights in that form are "
+                        "not read here; take the model before it was quantized, or write it with transformers: "
+                        "model.dequantize().save_pretrained(NEW_DIR)")
+    return hub
+
+
+def config_from_hub(hub, config_class):
+    """The fields of config_class (Config) by a parsed config.json, as a dict.
+
+    Raises UserError for a family or a setting that this code does not have.
+    """
+    switches = hub.get("switches") or {}              # what the family's format cannot say: see config_to_hub
+    unknown = sorted(switches.keys() - ({f.name for f in dataclasses.fields(config_class)} - {"hub", "model_type"}))
+    if unknown:
+        raise UserError(f"config.json sets {', '.join(unknown)}, which Config in this model.py does not have: the "
+                        "model was written by a changed model.py, and only that one opens it")
+    if hub.get("slm_format", FORMAT) > FORMAT:
+        raise UserError(f"this model was written by a newer version (format {hub['slm_format']}, known: {FORMAT}); "
+                        "update this code")
+    if hub.get("model_type") == COMPRESSED:
+        hub = {**hub, "model_type": hub.get("base_model_type")}
+    hub = {k: v for k, v in hub.items() if k not in ("base_model_type", "compression", "switches")}
+    name, supported = hub.get("model_type"), f"supported: {', '.join(FAMILIES)}"
+    if "auto_map" in hub and name != "phi3":          # Phi-3's directories carry a copy of what transformers has
+        raise UserError(f"the model brings its own code (auto_map in config.json), never run here; {supported}")
+    if name not in FAMILIES:
+        raise UserError(f"model_type {name!r} is not supported; {supported}")
+    family = FAMILIES[name]
+    ours = {theirs: k for k, theirs in family.renamed.items()}
+    found = {ours.get(k, k): v for k, v in hub.items()}
+    absent = {k: v for k, v in family.defaults.items() if k not in found}
+    found = {**absent, **{k: v for k, v in found.items() if v is not None}}
+    missing = [family.renamed.get(k, k) for k in SIZES[:4] if k not in found]
+    if missing:
+        raise UserError(f"config.json lacks {', '.join(missing)}")
+    usual = dict(num_key_value_heads=found["num_attention_heads"], intermediate_size=4 * found["hidden_size"],
+                 head_dim=found["hidden_size"] // found["num_attention_heads"],
+                 max_position_embeddings=family.defaults["max_position_embeddings"])
+    fields = {**usual, **{k: found[k] for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act")
+                          if k in found}}
+    rope = dict(ROPE) if "rope" in switches else rope_from_hub(found, family, fields["max_position_embeddings"])
+    if rope["rope_type"] == "longrope":               # its long factors begin behind the first window: we end there
+        fields["max_position_embeddings"] = min(fields["max_position_embeddings"],
+                                                rope["original_max_position_embeddings"])
+    return {**fields, **family.switches(found), "model_type": name, "rope": rope, **switches, "hub": hub}
+
+
+def rope_from_hub(found, family, window):
+    """Config's `rope` of a config.json under our names, as transformers 5 reads it. Raises UserError for what the
+    family's model there does not have: it is ignored, or computed in another way."""
+    if not family.rope_types:
+        return dict(ROPE)
+    rope = found.get("rope_scaling") or found.get("rope_parameters") or {}                # transformers 4 and 5
+    rope = {k: v for k, v in rope.items() if v is not None}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = "longrope" if family.partial and kind in ("su", "yarn") else kind              # Phi-3's old names
+    rope = {**ROPE, **{k: found[k] for k in ("rope_theta", "partial_rotary_factor") if k in found}, **rope,
+            "rope_type": kind}
+    if kind not in family.rope_types:
+        raise UserError(f"rope_type {kind!r} is not supported in {family.architecture}; supported: "
+                        f"{', '.join(family.rope_types)}")
+    nested = [k for k, v in rope.items() if isinstance(v, dict)]
+    if nested or rope["partial_rotary_factor"] != 1 and not family.partial:
+        name = (nested or ["partial_rotary_factor"])[0]
+        raise UserError(f"{family.architecture} has no rotary positions with {name}; take it out of config.json if the "
+                        "model was trained without it")
+    if kind in ("llama3", "longrope"):
+        first = found if "original_max_position_embeddings" in family.defaults else rope
+        rope["original_max_position_embeddings"] = first.get("original_max_position_embeddings", window)
+    if kind == "longrope":
+        check_values(rope, ROPE_FIELDS, "config.json")
+        rope.setdefault("factor", window / rope["original_max_position_embeddings"])
+    return rope
+
+
+def config_to_hub(config):
+    """config.json as a dict: what was read, with today's shapes. Fields of Config that would come back as another
+    value, as the family's format has no word for them, stand as they are under "switches"."""
+    hub = family_config(config)
+    read = type(config)(**config_from_hub(hub, type(config)))
+    switches = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+                if f.name != "hub" and getattr(config, f.name) != getattr(read, f.name)}
+    return {**hub, "switches": switches} if switches else hub
+
+
+def family_config(config):
+    """config.json as a dict, in the family's own words."""
+    family = FAMILIES[config.model_type]
+    skip = (*family.unnamed, *(["max_position_embeddings"] if config.rope["rope_type"] == "longrope" else []))
+    fields = {family.renamed.get(k, k): getattr(config, k)
+              for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act") if k not in skip}
+    rope = config.rope if (config.rope["rope_type"] in family.rope_types
+                           and (family.partial or config.rope["partial_rotary_factor"] == 1)) else ROPE
+    new = dict(rope_parameters=rope, rope_theta=rope["rope_theta"], attention_bias=False, use_cache=True)
+    if config.model_type == "mistral":                # absent, it would be 4,096
+        new["sliding_window"] = config.sliding_window or None
+    kept = {k: v for k, v in config.hub.items() if k not in ("auto_map", "torch_dtype", "exits", "card", "sampling")}
+    kept = kept or new
+    return {"architectures": [family.architecture], "model_type": config.model_type, **kept, **fields,
+            "slm_format": FORMAT}
+
+
+def to_ours(tensors, model_type, ours):
+    """Tensors under a family's names to our names: fused ones are split, transposed ones turned back.
+
+    ours: tensors of the model under our names, for their shapes
+    """
+    family, shapes = FAMILIES[model_type], {name: t.shape for name, t in ours.items()}
+    result = {}
+    for name, t in tensors.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
+            continue                                  # buffers that old checkpoints hold; not weights
+        if family.prefixes and not name.startswith(("transformer.", "lm_head.")):
+            name = "transformer." + name              # the first GPT-2 checkpoints leave it out
+        for ours, theirs in family.prefixes:
+            name = name.replace(theirs, ours)
+        module, _, kind = name.rpartition(".")        # kind: weight or bias
+        theirs, ours, transposed = next((f for f in family.tensors if module.endswith("." + f[0])), (module, (), False))
+        names = [module.removesuffix(theirs) + o + "." + kind for o in ours] or [name]
+        t = t.t().contiguous() if transposed and t.ndim == 2 else t
+        rows = [shapes[n][0] if n in shapes else 0 for n in names]
+        whole_one = len(names) == 1 or sum(rows) != len(t)          # a wrong sum is reported by name and shape later
+        result.update(zip(names, (t,) if whole_one else t.split(rows)))
+    return result
+
+
+def to_theirs(tensors, model_type):
+    """The inverse of to_ours."""
+    family = FAMILIES[model_type]
+    result = dict(tensors)
+    for theirs, ours, transposed in family.tensors:
+        for name in [n for n in result if n.rpartition(".")[0].endswith("." + ours[0])]:
+            module, _, kind = name.rpartition(".")
+            base = module.removesuffix(ours[0])
+            t = torch.cat([result.pop(base + o + "." + kind) for o in ours])
+            result[base + theirs + "." + kind] = t.t().contiguous() if transposed and t.ndim == 2 else t
+    for ours, theirs in family.prefixes:
+        result = {name.replace(ours, theirs): t for name, t in result.items()}
+    return result

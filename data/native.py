@@ -1,0 +1,519 @@
+"""kernels.c, compiled for this CPU and attached to a model from outside.
+
+    model = native.attach(load("out"))            # the same numbers, faster; --no-native of the scripts leaves it out
+
+model.py is plain PyTorch and does not know this file. `attach` gives each layer that kernels.c knows a subclass
+of the layer's own class, with a method or two in C. All of them prove themselves: the first call of each computes both
+ways, and where the results differ, one sentence says so and PyTorch stays. So a changed line in model.py is what runs.
+
+A C compiler is needed, once, for a second. Without one nothing is attached.
+"""
+import contextlib, ctypes, functools, hashlib, os, platform, shutil, stat, subprocess, sys, tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.console import say_once
+from data.files import sync
+
+SOURCE = Path(__file__).with_name("kernels.c")
+EXACT, NARROW, BLOCKS = 1e-3, 0.05, 0.2          # how far two ways may differ, as a share of the norm: see `agrees`
+FEW = 8                                # tokens: from so many rows on, products of PyTorch are faster than ours
+PARTS = 32                             # rows of partial sums that the backward passes in C write
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The compiled library
+
+@functools.cache
+def library():
+    """(kernels.c compiled for this CPU, or None; why there is none).
+
+    The library is kept in the user's cache directory: never in a model's, so that a stranger's model cannot bring
+    machine code along. It is trusted only in a directory that nobody else can write.
+    """
+    compilers = dict.fromkeys(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "cc", "gcc", "clang"))))
+    if os.name != "posix" or not compilers:
+        return None, "there is no C compiler"
+    source = SOURCE.read_text(encoding="utf-8")
+    cpu = [platform.machine(), platform.processor()]               # what -march=native depends on
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu += [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    key = hashlib.sha256(repr((source, cpu)).encode()).hexdigest()[:16]
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "small-language-models"
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if cache.stat().st_uid != os.getuid() or cache.stat().st_mode & 0o022 or not os.access(cache, os.W_OK):
+            raise PermissionError
+        scratch = contextlib.nullcontext(cache)
+    except (OSError, RuntimeError):                                # RuntimeError: a user without a home
+        scratch = tempfile.TemporaryDirectory()
+    with scratch as directory:
+        built = built_library(Path(directory), key) or build_library(Path(directory), key, source, compilers)
+    if built is None:
+        return None, f"{next(iter(compilers))} could not build the kernels"
+    if not checks_itself(built):
+        return None, "the compiled kernels failed their check on this CPU"
+    return built, ""
+
+
+def checks_itself(built):
+    """Whether a library multiplies as it should: an instruction set we could not test on must not go unnoticed."""
+    integers = torch.arange(20 * 64, device="cpu").view(20, 64) % 15 - 7
+    x = torch.arange(8 * 64, dtype=torch.float32, device="cpu").sin().view(8, 64)
+    scales, q = torch.ones(20, 2, dtype=torch.float16, device="cpu"), (integers + 8).to(torch.uint8)
+    q = q[:, 0::2] | q[:, 1::2] << 4
+    layer = struct_of(q, scales, None, 20, 64, 32, 4)
+    return all((multiply(built, layer, rows) - rows @ integers.float().T).abs().max() < 1 for rows in (x[:1], x))
+
+
+def built_library(directory, key):
+    """The library that build_library left in a directory, or None.
+
+    Its name holds a hash of its bytes: a file that a full disk or a power cut shortened is never loaded (that would
+    end the process). Nor is a file that another user owns or can write.
+    """
+    for file in directory.glob(f"kernels-{key}-*.so"):
+        with contextlib.suppress(OSError, AttributeError):
+            about = file.lstat()
+            if about.st_uid != os.getuid() or about.st_mode & 0o022 or not stat.S_ISREG(about.st_mode):
+                continue
+            if hashlib.sha256(file.read_bytes()).hexdigest()[:16] == file.stem.rpartition("-")[2]:
+                return declare(ctypes.CDLL(str(file)))
+    return None
+
+
+def build_library(directory, key, source, compilers):
+    """`source` compiled by the first of `compilers` that can, left in a directory for the next time; None: none can."""
+    print("compiling a few kernels for this CPU, once", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=directory) as build:
+        file, built = Path(build) / "kernels.c", Path(build) / "kernels.so"
+        file.write_text(source, encoding="utf-8")
+        for compiler in compilers:
+            for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):                # not all have all
+                with contextlib.suppress(OSError, AttributeError, subprocess.CalledProcessError):
+                    subprocess.run([compiler, "-O3", "-fPIC", "-shared", *flags, file, "-o", built, "-lm"],
+                                   check=True, capture_output=True)
+                    compiled = declare(ctypes.CDLL(str(built)))
+                    sync(built)
+                    built.chmod(0o755)                # whatever the umask: see built_library
+                    digest = hashlib.sha256(built.read_bytes()).hexdigest()[:16]
+                    os.replace(built, directory / f"kernels-{key}-{digest}.so")
+                    return compiled
+    return None
+
+
+def declare(built):
+    """Tells ctypes the types of the arguments of each function in kernels.c."""
+    pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    for name, types in dict(
+            linear=[pointer, pointer, integer, pointer], gather=[pointer, pointer, integer, pointer],
+            rms_norm=[pointer, pointer, real, integer, integer, pointer],
+            rms_norm_backward=[pointer, pointer, real, integer, integer, *[pointer] * 3],
+            to_heads=[pointer, pointer, real, *[pointer] * 4],
+            to_heads_backward=[pointer, pointer, real, *[pointer] * 6],
+            swiglu=[pointer, pointer, integer, pointer], swiglu_backward=[pointer, pointer, integer, *[pointer] * 3],
+            cross_entropy=[pointer, pointer, integer, integer, pointer],
+            decode_blocks=[pointer, pointer, pointer, real, pointer, real, pointer]).items():
+        getattr(built, name).argtypes = types
+    return built
+
+
+def call(name, *args):
+    """The result of a function of kernels.c for tensors (contiguous, float32), sizes and numbers."""
+    return getattr(library()[0], name)(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args))
+
+
+def set_threads(count):
+    """Makes the kernels, if they are loaded, compute with `count` threads, as PyTorch does."""
+    if library.cache_info().currsize and hasattr(built := library()[0], "omp_set_num_threads"):
+        built.omp_set_num_threads(count)              # some builds of PyTorch have an OpenMP of their own
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When C applies, and that it does what PyTorch does
+
+def applies(x, parameter=None):
+    """Whether kernels.c takes x and a parameter of a layer: float32, on a CPU."""
+    return (x.device.type == "cpu" and x.dtype == torch.float32 and (parameter is None or parameter.dtype == x.dtype)
+            and not torch.compiler.is_compiling() and not torch.jit.is_tracing())
+
+
+def widened(x):
+    """x as float32 where autocast on a CPU has made it bfloat16: sums of squares are in float32."""
+    narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return x.float() if narrow else x
+
+
+def agrees(found, expected, tolerance=EXACT):
+    """Whether the result of C is that of PyTorch.
+
+    Floats agree to 1e-6 (EXACT). Activations rounded to 8 bits, or bfloat16, give NARROW. Behind several quantized
+    layers an ulp may flip a rounding, and later layers amplify that (BLOCKS).
+    """
+    return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+PROVEN = {}                            # function of model.py: whether C gave its result
+
+
+def proven(plain, fast, *args, tolerance=EXACT):
+    """fast(), if its first result was that of plain(*args), a method of a class in model.py; else plain(*args).
+
+    One sentence says where PyTorch stays.
+    """
+    method = plain.__func__
+    if method not in PROVEN:
+        with torch.no_grad():
+            expected = plain(*args)
+            if not expected.isfinite().all():         # said elsewhere; the next call may prove it
+                return plain(*args)
+            PROVEN[method] = agrees(fast(), expected, tolerance)
+        if not PROVEN[method]:
+            say_once(f"PyTorch computes {method.__qualname__}, not the C kernels: it computes something else")
+    return fast() if PROVEN[method] else plain(*args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operations with gradients
+
+class NormInC(torch.autograd.Function):
+    """RMSNorm of x (..., n)."""
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = eps, x.numel() // len(weight), len(weight)
+        call("rms_norm", x, weight, *ctx.sizes, y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x, weight), n = ctx.saved_tensors, ctx.sizes[2]
+        grad_x, sums = torch.empty_like(x), x.new_zeros(PARTS, n)
+        call("rms_norm_backward", x, weight, *ctx.sizes, grad.contiguous(), grad_x, sums)
+        return grad_x, sums.sum(0), None
+
+
+class HeadsInC(torch.autograd.Function):
+    """Heads x (B, T, H, D): RMSNorm if there is a weight, turned by cos and sin, as (B, H, T, D)."""
+    @staticmethod
+    def forward(ctx, x, weight, eps, cos, sin):
+        (B, T, H, D), x = x.shape, x.contiguous()
+        y = x.new_empty(B, H, T, D)
+        ctx.save_for_backward(x, weight, cos, sin)
+        ctx.eps, ctx.sizes = eps, (*x.shape, cos.shape[-1], len(cos))
+        call("to_heads", x, weight, eps, cos, sin, (ctypes.c_int64 * 6)(*ctx.sizes), y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x, weight, cos, sin), grad = ctx.saved_tensors, grad if grad.stride(-1) == 1 else grad.contiguous()
+        grad_x, sums = torch.empty_like(x), x.new_zeros(PARTS, x.shape[-1])
+        call("to_heads_backward", x, weight, ctx.eps, cos, sin,
+             (ctypes.c_int64 * 9)(*ctx.sizes, *grad.stride()[:3]), grad, grad_x, sums)
+        return grad_x, None if weight is None else sums.sum(0), None, None, None
+
+
+class SwiGLUInC(torch.autograd.Function):
+    """silu(gate) * up."""
+    @staticmethod
+    def forward(ctx, gate, up):
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        ctx.save_for_backward(gate, up)
+        call("swiglu", gate, up, gate.numel(), y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        call("swiglu_backward", gate, up, grad.numel(), grad.contiguous(), grad_gate, grad_up)
+        return grad_gate, grad_up
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers: each class below becomes the first base of the class in model.py that has its name in LAYERS
+
+class Accelerated:
+    """The mark of a layer that has been given methods in C."""
+
+
+class NativeNorm(Accelerated):
+    def forward(self, x):
+        x = widened(x)
+        if not applies(x, self.weight):
+            return super().forward(x)
+        return proven(super().forward, lambda: NormInC.apply(x, self.weight, self.eps), x)
+
+
+class NativeAttention(Accelerated):
+    def to_heads(self, x, norm, rotary):
+        x, weight = widened(x), getattr(norm, "weight", None)
+        if rotary is None or isinstance(norm, nn.LayerNorm) or not applies(x, weight):
+            return super().to_heads(x, norm, rotary)
+        return proven(
+            super().to_heads, lambda: HeadsInC.apply(x.unflatten(-1, (-1, self.head_dim)), weight,
+                                                     getattr(norm, "eps", 0.0), *rotary), x, norm, rotary)
+
+
+class NativeMLP(Accelerated):
+    def inner(self, x):
+        if self.gate_proj is None or self.act is not F.silu:
+            return super().inner(x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if not applies(widened(gate)):
+            return super().inner(x)
+        return proven(super().inner, lambda: SwiGLUInC.apply(widened(gate), widened(up)), x,
+                      tolerance=EXACT if gate.dtype == torch.float32 else NARROW)
+
+
+class NativeQuantLinear(Accelerated):
+    """A product of integers: activations are rounded to 8 bits, in groups of 32 with a scale each."""
+    def forward(self, x):
+        if x.requires_grad or not applies(x, self.bias):
+            return super().forward(x)
+        return proven(super().forward, lambda: multiply(library()[0], kept_struct(self), x), x, tolerance=NARROW)
+
+    def rows(self, ids):
+        if ids.numel() >= FEW or self.q.device.type != "cpu":
+            return super().rows(ids)
+        return proven(super().rows, lambda: gathered_rows(self, ids.contiguous()), ids)
+
+
+def gathered_rows(table, ids):
+    y = torch.empty(*ids.shape, table.in_features)
+    if call("gather", kept_struct(table), ids, ids.numel(), y):
+        raise IndexError(f"ids {ids.tolist()} are not all rows of a table of {table.out_features}")
+    return y
+
+
+class NativeHead(Accelerated):
+    """The output head, nn.Linear: for a few rows its weight is read once for all of them."""
+    def forward(self, x):
+        few = 1 < x.numel() // x.shape[-1] < FEW and not torch.is_grad_enabled()
+        if few and applies(x, self.weight) and self.weight.is_contiguous():
+            return multiply(library()[0], c_struct(self), x)
+        return super().forward(x)
+
+
+class NativeBody(Accelerated):
+    """All blocks of a few tokens in one call of C. The first pass over a text is PyTorch's, and proves it."""
+    def forward(self, ids, cache=None, segments=None, hidden=None):
+        if cache is None or segments is not None or hidden is not None or torch.is_grad_enabled() or self.training:
+            return super().forward(ids, cache, segments, hidden)
+        decoder = vars(cache).get("decoder")          # False: not for these blocks; None: still to be decided
+        if decoder and decoder.takes(self, ids):
+            return decoder.step(ids)
+        x = super().forward(ids, cache)
+        if decoder is None and applies(x) and len(x) == len(cache.keys[0]):
+            cache.decoder = decoder_of(self, cache, ids[:, -1:], x[:, -1:])
+        return x
+
+
+LAYERS = {"RMSNorm": NativeNorm, "Attention": NativeAttention, "MLP": NativeMLP, "Int8Linear": NativeQuantLinear,
+          "Int4Linear": NativeQuantLinear, "Body": NativeBody}
+
+
+@functools.cache
+def with_native(layer_class, native):
+    """A subclass of a layer's class with the methods in C; it keeps the name."""
+    return type(layer_class.__name__, (native, layer_class), {"__module__": layer_class.__module__})
+
+
+def attach_layer(module, native=None):
+    """Gives one layer the methods in C of its row in LAYERS, or of `native`, in place. Returns the layer."""
+    native = native or LAYERS.get(type(module).__name__)
+    if native and not isinstance(module, Accelerated):
+        module.__class__ = with_native(type(module), native)
+    return module
+
+
+def attach(model, functions=None):
+    """Attaches kernels.c to the layers of a model, in place, and returns the model; without a compiler nothing changes.
+
+    functions  globals() of train.py: `softmax_gradient` there is replaced too
+    """
+    if library()[0] is None:
+        return model
+    for module in model.modules():
+        attach_layer(module, NativeHead if module is model.lm_head and type(module) is nn.Linear else None)
+    if functions is not None:
+        functions["softmax_gradient"] = fast_softmax_gradient(functions["softmax_gradient"])
+    return model
+
+
+def is_attached(model):
+    return any(isinstance(module, Accelerated) for module in model.modules())
+
+
+@functools.cache
+def fast_softmax_gradient(plain):
+    """train.py's softmax_gradient(logits, targets), in C where it applies."""
+    if hasattr(plain, "__wrapped__"):
+        return plain
+
+    @functools.wraps(plain)
+    def softmax_gradient(logits, targets):
+        if not applies(logits):
+            return plain(logits, targets)
+        if plain not in PROVEN:
+            PROVEN[plain] = all(map(agrees, in_c(logits.clone(), targets), plain(logits.clone(), targets)))
+            if not PROVEN[plain]:
+                say_once("PyTorch computes softmax_gradient, not the C kernels: it computes something else")
+        return in_c(logits, targets) if PROVEN[plain] else plain(logits, targets)
+
+    def in_c(logits, targets):
+        losses = logits.new_empty(len(logits))
+        if call("cross_entropy", logits, targets.contiguous(), *logits.shape, losses):
+            raise IndexError(f"targets are not all ids below {logits.shape[1]}")
+        return losses.sum(), logits
+    return softmax_gradient
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The structs of kernels.c
+
+def struct_of(q, scales, bias, n_out, n_in, group, bits):
+    """`struct layer` of kernels.c, as an array of 8 integers; the tensors must stay alive."""
+    pointers = (0 if t is None else t.data_ptr() for t in (q, scales, bias))
+    return (ctypes.c_int64 * 8)(*pointers, n_out, n_in, group, bits, 0)
+
+
+def c_struct(m):
+    """An nn.Linear, QuantLinear or LowRankLinear as `struct layer`."""
+    if hasattr(m, "down"):
+        layer, inner = c_struct(m.up), c_struct(m.down)
+        layer[7], layer.kept = ctypes.addressof(inner), inner
+        return layer
+    if hasattr(m, "scales"):
+        return struct_of(m.q, m.scales, m.bias, m.out_features, m.in_features, m.in_features // m.scales.shape[1],
+                         m.bits)
+    return struct_of(m.weight, None, m.bias, m.out_features, m.in_features, m.in_features, 32)
+
+
+def kept_struct(m):
+    """c_struct of a QuantLinear, made anew when the tensors have moved."""
+    struct = vars(m).get("struct")
+    if struct is None or struct[0] != m.q.data_ptr() or struct[1] != m.scales.data_ptr() or (
+            m.bias is not None and struct[2] != m.bias.data_ptr()):
+        struct = m.struct = c_struct(m)
+    return struct
+
+
+def multiply(built, layer, x):
+    """x (..., in) float32 @ weight^T + bias, (..., out); layer: see c_struct."""
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], layer[3])
+    if built.linear(layer, x.data_ptr(), x.numel() // layer[4], y.data_ptr()):
+        raise MemoryError("no memory for the activations of a layer")
+    return y
+
+
+def has_quantized(module):
+    return any(hasattr(m, "scales") for m in module.modules())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+PROJECTIONS = (("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")), ("mlp", ("gate_proj", "up_proj", "down_proj")))
+KNOWN = ("Linear", "Int8Linear", "Int4Linear", "LowRankLinear")          # kinds of layers that kernels.c has
+
+
+def knows(body, cache):
+    """Whether kernels.c has blocks like those of a Body: the usual kind, float32, contiguous, on a CPU."""
+    c = body.config
+    layers = [getattr(getattr(block, part), name) for block in body.layers for part, names in PROJECTIONS
+              for name in names]
+    return (not c.layer_norm and not c.learned_positions and c.gated and c.hidden_act == "silu"
+            and all(type(m).__name__ in KNOWN for m in layers)         # a subclass computes what C does not know
+            and all(t.dtype == torch.float32 and t.is_contiguous() and t.device.type == "cpu"
+                    for t in (cache.keys[0], *body.parameters()))
+            and not any(m.in_features % 32 for m in body.layers.modules() if hasattr(m, "scales")))
+
+
+def hooks_of(body):
+    """The dicts in which PyTorch keeps hooks on the forward passes of a Body's modules: empty where there are none."""
+    everywhere = nn.modules.module
+    return [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks,
+            *(hooks for m in body.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks))]
+
+
+class Decoder:
+    """All blocks and the final norm of a Body for a few tokens in C, behind the tokens that a KVCache holds.
+
+    Layers that are replaced in the middle of a text are not seen.
+    """
+    def __init__(self, body, cache):
+        self.body, self.cache, self.hooks = body, cache, hooks_of(body)
+        c, first, table = body.config, cache.keys[0], []
+        self.kept = [list(body.parameters()), list(body.buffers())]            # tensors that the tables point to
+        for i, block in enumerate(body.layers):
+            a = block.self_attn
+            norms = [m.weight.data_ptr() if hasattr(m, "weight") else 0
+                     for m in (block.input_layernorm, a.q_norm, a.k_norm, block.post_attention_layernorm)]
+            structs = [c_struct(getattr(getattr(block, part), name)) for part, names in PROJECTIONS for name in names]
+            self.kept.append(structs)
+            table += [*norms, *map(ctypes.addressof, structs), cache.keys[i].data_ptr(), cache.values[i].data_ptr(),
+                      c.window(i)]
+        leaves = [m for m in body.layers.modules() if hasattr(m, "in_features")]
+        widest = -(-max(n for m in leaves for n in (m.in_features, m.out_features)) // 32) * 32
+        sizes = [len(body.layers), len(first), 0, 0, first.shape[2], c.hidden_size, c.num_attention_heads,
+                 c.num_key_value_heads, c.head_dim, c.intermediate_size, len(body.frequencies), widest]
+        self.table, self.sizes = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(sizes))(*sizes)
+
+    def takes(self, body, ids):
+        """Whether C applies to the next tokens ids (B, T): few rows, room in the cache, no hook, no gradients."""
+        (B, T), end = ids.shape, self.cache.length + ids.shape[1]
+        outside = body.config.rope["rope_type"] == "longrope" and end > body.config.max_position_embeddings
+        return (body is self.body and B * T < FEW and B == len(self.cache.keys[0])
+                and end <= self.cache.keys[0].shape[2] and not outside and not any(self.hooks)
+                and not torch.compiler.is_compiling() and not torch.jit.is_tracing())
+
+    def step(self, ids):
+        """The normalized hidden states (B, T, C) of ids (B, T); the cache is extended by them."""
+        x = self.body.embed_tokens(ids)
+        self.run(x, self.cache.length)
+        self.cache.length += ids.shape[1]
+        return x
+
+    def run(self, x, start):
+        """Embedded tokens x (B, T, C) at positions from `start` on become, in place, the normalized hidden states."""
+        self.sizes[2:4] = x.shape[1], start
+        body = self.body
+        if library()[0].decode_blocks(self.table, self.sizes, body.frequencies.data_ptr(), body.rotary_scale,
+                                      body.norm.weight.data_ptr(), body.norm.eps, x.data_ptr()):
+            raise MemoryError("no memory for the activations of a token")
+
+
+def decoder_of(body, cache, ids, expected):
+    """A Decoder that finds what the model's own blocks found, or False.
+
+    ids (B, 1): the last token read, for which the cache has keys and values already; expected (B, 1, C): the hidden
+    states that the blocks of model.py, changed or not, made of it. C reads that token once more.
+    """
+    if not expected.isfinite().all():                 # said elsewhere
+        return False
+    hooked, known = any(hooks_of(body)), knows(body, cache)
+    if known and not hooked:
+        decoder, last = Decoder(body, cache), cache.length - 1
+        kept = [(t, t[:, :, last].clone()) for t in (*cache.keys, *cache.values)]
+        found = body.embed_tokens(ids).clone(memory_format=torch.contiguous_format)
+        decoder.run(found, last)
+        for t, values in kept:
+            t[:, :, last] = values
+        if agrees(found, expected, BLOCKS if has_quantized(body.layers) else EXACT):
+            return decoder
+    if known or hooked:
+        why = "a hook is registered on it" if hooked else "its blocks compute something else"
+        say_once(f"PyTorch generates, not the C kernels: they do not know this model ({why})")
+    return False
