@@ -79,6 +79,7 @@ from data.export import GGUF_TYPES, import_gguf, write_gguf
 from data.files import MODEL, remove_tree, settle
 from data.hub import FAMILIES, SIZES
 from data.loader import IGNORE, Batch, Windows, read_meta
+from data.machine import accelerate
 from data.sources import calibration_context, calibration_data
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import cut_tokenizer
@@ -853,8 +854,10 @@ def recover_step(model, tokenizer, step, args):
         taught = False
 
     def loss_of(cfg, device):
-        return distill.Distillation(load(args.model, device, torch.float32), model, (), tokenizer.vocab_size, cfg) \
-            if taught else train.cross_entropy
+        if not taught:
+            return train.cross_entropy
+        teacher = accelerate(load(args.model, device, torch.float32), args.native)
+        return distill.Distillation(teacher, model, (), tokenizer.vocab_size, cfg)
 
     steps, said = int(step.value), {"step": step.name, "method": "taught" if taught else "text"}
     model, said = fine_tune(model, tokenizer, step, said, args, loss_of, min(6, steps) if args.smoke else steps,
@@ -979,7 +982,7 @@ def make(steps, args, stages, out=None):
     done = next((n for n in range(len(places) - bool(out), 0, -1) if (places[n - 1] / "config.json").is_file()), 0)
     source = places[done - 1] if done else whole(args.model)
     parent = {} if done else {"parent": {"name": model_name(source), "sha256": checkpoint_hash(source)}}
-    model, tokenizer = load(source), Tokenizer.load(source)
+    model, tokenizer = accelerate(load(source), args.native), Tokenizer.load(source)
     for n, step in enumerate(steps[done:], done + 1):
         args.run = str(places[n - 1]) + ".run"                   # of a step that trains, until its stage is saved
         model, tokenizer, entry = STEPS[step.name].function(model, tokenizer, step, args)
@@ -987,7 +990,7 @@ def make(steps, args, stages, out=None):
         if step.name != "gguf":
             place = out if out and n == len(steps) else places[n - 1]
             save(model, place, tokenizer)
-            model = load(place)                                  # what a resumed chain goes on from
+            model = accelerate(load(place), args.native)         # what a resumed chain goes on from
         shutil.rmtree(args.run, ignore_errors=True)
     return model, tokenizer
 

@@ -1,5 +1,6 @@
 """Which documents are for validation: near-duplicates stay on one side (MinHash, Broder 1997)."""
-import array, hashlib, itertools, zlib
+import hashlib, itertools, zlib
+from array import array
 
 import numpy as np
 from tqdm import tqdm

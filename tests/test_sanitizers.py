@@ -60,7 +60,7 @@ static void heads(int64_t B, int64_t T, int64_t H, int64_t D, int64_t R, int64_t
     const float *weight = norm ? floats(D) : NULL;
     to_heads(floats(size), weight, 1e-6f, floats(angles), floats(angles), &s.sizes, floats(size));
     to_heads_backward(floats(size), weight, 1e-6f, floats(angles), floats(angles), &s, floats(size), floats(size),
-                      norm ? floats(PARTS * D) : NULL);
+                      floats(PARTS * D));
 }
 
 /* The new positions are the last for which the cache has room. */
