@@ -51,7 +51,7 @@ class Config:
     tie_word_embeddings: bool = False
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
-    rope: dict = dataclasses.field(default_factory=lambda: dict(hub.ROPE))    # rotary positions: the Hub's rope_parameters
+    rope: dict = dataclasses.field(default_factory=lambda: dict(hub.ROPE))     # rotary positions: rope_parameters
     sliding_window: int = 0                 # how far back sliding layers see, in tokens; 0: all the way
     layer_types: list = None                # which layers slide, by name; None: all of them
     # What the Hub's families differ in: one block carries them all.

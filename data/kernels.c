@@ -8,21 +8,21 @@
 
    A layer computes y = x W^T + bias. Here x is (m, k): m tokens of k numbers. W is (n, k): one row
    of k weights for each of n outputs. To make one token, a CPU reads all of W from memory, and that
-   takes most of the time. So W is stored in fewer bits: each weight is a small integer times a scale.
+   takes most of the time. So W is stored in fewer bits: a weight is a small integer times a scale.
 
        w = q * scale       int8: q from -127 to 127, one scale for each row
                            int4: q from   -7 to   7, one scale for each 32, 64 or 128 neighbours
 
    A CPU multiplies integers by integers fastest. So the activations x are rounded too, just before
-   the product, to 8 bits, with one scale for each group of 32 neighbours (llama.cpp does the same and
-   calls the format Q8_0). One scale for a whole token would be simpler, but it costs quality: a few
-   channels are a thousand times as large as the rest, and beside them the rest would be rounded to 0.
-   A large channel in a group of 32 harms only its 31 neighbours. One output is then
+   the product, to 8 bits, with one scale for each group of 32 neighbours (llama.cpp does the same
+   and calls the format Q8_0). One scale for a whole token would be simpler, but it costs quality: a
+   few channels are a thousand times as large as the rest, and beside them the rest would be rounded
+   to 0. A large channel in a group of 32 harms only its 31 neighbours. One output is then
 
        y = sum over groups of   scale of w * scale of x * (sum over 32 of  q of w * q of x)
                                 \_____ two floats _____/   \____ exact, in integers ______/
 
-   2. A group of 32 int4 weights: two in a byte, the even one in the low nibble, each stored as q + 8
+   2. A group of 32 int4 weights: two in a byte, the even one in the low nibble, stored as q + 8
 
            byte         0           1           2                15
                    +-----+-----+-----+-----+-----+-----+     +-----+-----+
@@ -36,24 +36,24 @@
 
    gemv, for few tokens: W is read as it lies in memory, and reading it is the limit.
    gemm, for 8 tokens or more: each thread unpacks 16 rows of W into a panel of int16 and multiplies
-   all tokens by it. Unpacking is then paid once, and arithmetic is the limit. In a panel the 16 rows
+   all tokens by it. Unpacking is then paid once, and arithmetic is the limit. The 16 rows of a panel
    are interleaved by pairs, so that one instruction multiplies 8 rows by one pair of x:
 
        panel   row 0   row 1         row 15   row 0   row 1         row 15
              | w0 w1 | w0 w1 | ... | w0 w1  | w2 w3 | w2 w3 | ... | w2 w3  | w4 w5 ...
          x   | x0 x1 | x0 x1 | ... | x0 x1  | x2 x3 | x2 x3 | ... | x2 x3  | x4 x5 ...
 
-   4. The threads that decode a token: one team for all blocks. For one token, to call an operator of
-   PyTorch takes longer than its work, and so does waking threads for it. || is a barrier: there each
-   thread waits for the last one. What all of them need whole, such as a norm, each thread makes alone.
+   4. The threads that decode a token: one team for all blocks. For one token, to call an operator
+   of PyTorch takes longer than its work, and so does waking threads for it. || is a barrier: there
+   each thread waits for the last one. What all of them need whole, such as a norm, each thread
+   makes alone.
 
-                 attention norm | own rows of ||  own heads: ||  own     || own  || MLP norm | own rows
-                 of all of x    | q, k and v  || norm, rope, ||  heads:  || rows || of all   | of gate
-                                |             || k, v kept   || attention|| of o || of x     | and up
-       thread 0  ============== | ======      || ==          || ==       || ==   || ======== | ====
-       thread 1  ============== |       ===== ||   ==        ||   ==     ||   == || ======== |     ====
+             norm of  | own rows  || own heads:  || own heads: || own rows || norm of | own rows of
+             all of x | of q,k,v  || rope, cache || attention  || of o     || all     | gate and up
+   thread 0  ======== | ====      || =====       || =====      || ====     || ======= | =====
+   thread 1  ======== |     ====  ||      =====  ||      ===== ||     ==== || ======= |      =====
 
-                 || SwiGLU of all | own rows of down ||  next block
+             || SwiGLU of all | own rows of down || the next block
 
    How many threads there are changes no bit of any result: each number is made by one thread alone,
    and where a sum is divided (the gradient of a weight) it is always divided into PARTS parts.
@@ -68,13 +68,13 @@
        Many tokens              struct panel, pack_panel, gemm_panel
        Layers                   linear*, gather*
        Between the products     rms_norm*, rope_head, to_heads*, swiglu*
-       Decoding                 rotate and keep heads, attention_head, decode_block, decode_blocks*
+       Decoding                 apply_layer, rope_and_cache, attention_head, decode_blocks*
        Training                 the backward passes*, cross_entropy*
 
-   A star marks what Python calls. Everywhere m, n and k are those of y (m, n) = x (m, k) W (n, k)^T;
-   `token` is a row of x, `row` a row of W. Arrays are float32 and contiguous unless a comment says
-   otherwise. Vectors are GNU C's, which gcc and clang compile for any CPU; only widen_int8, dot_pairs
-   and dot_int4 have a faster form for one kind of CPU. */
+   A star marks what Python calls. In a product, m, n and k are the sizes of x (m, k), W (n, k) and
+   y (m, n); `token` is a row of x, `row` a row of W. Arrays are float32 and contiguous unless a
+   comment says otherwise. Vectors are GNU C's, which gcc and clang compile for any CPU; widen_int8,
+   dot_pairs and dot_int4 have a faster form for x86. */
 
 #include <math.h>
 #include <stdint.h>
@@ -89,7 +89,7 @@
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"          /* "omp ...": then there is one thread */
 #endif
 #ifndef __AVX__
-#pragma GCC diagnostic ignored "-Wpsabi"      /* how vectors are passed: here only to inlined functions */
+#pragma GCC diagnostic ignored "-Wpsabi"      /* how functions pass vectors: all of ours are inlined */
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -100,13 +100,13 @@ enum {
     FOUR = 4,                   /* rows of the weight that gemv multiplies together */
     PANEL = 16,                 /* rows of the weight in a panel */
     TILE = 6,                   /* tokens that gemm multiplies together */
-    PARTS = 32,                 /* of all rows, each with its own sum for the gradient of a weight */
-    WORTH_THREADS = 100000,     /* with fewer steps than that, waking the other threads takes longer */
+    PARTS = 32,                 /* of all rows; each sums its own gradient of a weight */
+    WORTH_THREADS = 100000,     /* fewer steps than that are done before other threads wake up */
     IGNORE = -100,              /* a target that is not learned */
 };
 
 
-/* ==================================================================================================
+/* =================================================================================================
    Vectors: numbers 8 at a time */
 
 typedef int8_t  int8x16  __attribute__((vector_size(16)));
@@ -154,7 +154,7 @@ INLINE void store_first(float *y, int64_t n, float8 v) {
     else memcpy(y, &v, 4 * n);
 }
 
-/* For each of 8 numbers: mask ? yes : no. A comparison of vectors makes a mask: -1 (all bits) or 0. */
+/* For each of 8 numbers: mask ? yes : no. To compare vectors makes such a mask: -1 or 0. */
 INLINE int32x8 choose(int32x8 mask, int32x8 yes, int32x8 no) {
     return (yes & mask) | (no & ~mask);
 }
@@ -164,8 +164,9 @@ INLINE float sum_of(float8 v) {
     return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
 }
 
-/* a * b + sum, rounded once where the CPU can do that. gcc does so for most sums in this file by itself; where it
-   must not depend on gcc's mood (it avoids some of them for AMD's CPUs), this function is called. */
+/* a * b + sum, rounded once where the CPU can do that. For most sums in this file gcc chooses it by
+   itself. In gemv_quantized its choice, and with it the last bits of the result, changed with the
+   lines around the sum: there it is written out. */
 INLINE float8 multiply_add(float8 a, float8 b, float8 sum) {
 #if defined __AVX2__ && defined __FMA__
     return (float8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
@@ -174,13 +175,15 @@ INLINE float8 multiply_add(float8 a, float8 b, float8 sum) {
 #endif
 }
 
-/* A float in [-2^22, 2^22] plus 1.5 * 2^23 has no bits left behind the point: it is rounded to the nearest
-   integer, and that is in its last bits. So the two lines below round to float and to int. */
+/* A float in [-2^22, 2^22] plus 1.5 * 2^23 has no bits left behind the point: it is rounded to the
+   nearest integer, and that is in its last bits. Minus ROUNDER it is this integer as a float; its
+   bits minus ROUNDER_BITS are this integer as an int. */
 #define ROUNDER 0x1.8p23f
-#define ROUNDER_BITS 0x4b400000                 /* the same float as an integer */
+#define ROUNDER_BITS 0x4b400000
 
-/* e^x = 2^whole * e^part, where |part| <= ln(2) / 2: there the sixth Taylor polynomial is exact enough.
-   ln(2) is subtracted in two pieces. The first has so few bits that whole * piece is exact. */
+/* e^x = 2^whole * e^part with |part| <= ln(2) / 2: there the sixth Taylor polynomial is exact
+   enough. whole * ln(2) is subtracted in two pieces; the first is exact, as that piece of ln(2) has
+   few bits. */
 INLINE float8 exp8(float8 x) {
     x = (float8)choose(x > 88, (int32x8)broadcast(88), (int32x8)x);          /* larger would be infinite */
     float8 near = x * 0x1.715476p0f + ROUNDER;                                           /* x / ln(2) */
@@ -193,10 +196,10 @@ INLINE float8 exp8(float8 x) {
 }
 
 
-/* ==================================================================================================
+/* =================================================================================================
    Quantized numbers */
 
-/* A layer, y = x W^T + bias. data/native.py fills it: eight fields of 8 bytes each, in this order. */
+/* A layer, y = x W^T + bias: eight fields of 8 bytes, which data/native.py fills in this order. */
 struct layer {
     const void *weights;        /* (n, k): int8, two int4 in a byte (picture 2), or float */
     const uint16_t *scales;     /* float16: int8 (n), int4 (n, k / group); not read for float */
@@ -205,7 +208,7 @@ struct layer {
     int64_t k;                  /* inputs: columns of W */
     int64_t group;              /* weights that share a scale: k for int8, 32, 64 or 128 for int4 */
     int64_t bits;               /* of a weight: 8, 4, or 32 for float */
-    const struct layer *first;  /* a low-rank W is a product of two; this one is applied to x before. Or NULL */
+    const struct layer *first;  /* low rank: the thin layer that x goes through before; or NULL */
 };
 
 /* Activations, rounded: x = values * scale. */
@@ -219,7 +222,7 @@ struct quantized {
 /* How quantize_row leaves the 32 values of a group. */
 enum order {
     IN_ORDER,                   /* int8, for rows of int8 weights */
-    EVEN_FIRST,                 /* int8, the even ones first, for rows of int4 weights (picture 2) */
+    EVEN_FIRST,                 /* int8, even ones first, for rows of int4 weights (picture 2) */
     FOR_PANEL,                  /* int16, in order, for panels */
 };
 
@@ -237,14 +240,14 @@ INLINE float scale_of(const struct layer *layer, int64_t row, int64_t g) {
     return half_to_float(layer->scales[row * in_row + (layer->bits == 8 ? 0 : g * GROUP / layer->group)]);
 }
 
-/* The same for int4 and 8 groups of 32 weights, from g on. Behind the end of the row it may be any number. */
+/* The same for int4 and 8 groups of 32, from g on; behind the end of a row, any numbers. */
 INLINE float8 scales_of_8(const struct layer *layer, int64_t row, int64_t g) {
     int16x8 halves;
     int64_t in_row = layer->k / layer->group, at = row * in_row + g;
     if (layer->group == GROUP && at + 8 <= layer->n * in_row) memcpy(&halves, layer->scales + at, 16);
     else for (int64_t i = 0; i < 8; i++) {
-        int64_t its = (g + i) * GROUP < layer->k ? (g + i) * GROUP / layer->group : 0;
-        halves[i] = layer->scales[row * in_row + its];
+        int64_t index = (g + i) * GROUP < layer->k ? (g + i) * GROUP / layer->group : 0;
+        halves[i] = layer->scales[row * in_row + index];
     }
     int32x8 bits = __builtin_convertvector(halves, int32x8);
     return (float8)((bits & 0x7fff) << 13 | (bits & 0x8000) << 16) * 0x1p112f;
@@ -293,7 +296,7 @@ static void quantize_row(const float *x, int64_t k, enum order order, struct qua
 }
 
 
-/* ==================================================================================================
+/* =================================================================================================
    Products of integers. Each function returns 8 partial sums */
 
 /* 16 signed bytes as int16. */
@@ -324,9 +327,9 @@ INLINE int32x8 dot_int8(const uint8_t *weights, int16x16 x_low, int16x16 x_high)
     return dot_pairs(dot_pairs((int32x8){0}, widen_int8(weights), x_low), widen_int8(weights + 16), x_high);
 }
 
-/* A group: 32 int4 weights in 16 bytes, and 32 activations, the even ones first. The weights are left as
-   they are stored, q + 8 from 0 to 15, because the fast instruction takes one factor without a sign.
-   So this is too large by 8 * (sum of x), which gemv_quantized subtracts. */
+/* A group: 32 int4 weights in 16 bytes, and 32 activations, the even ones first. The weights are
+   left as they are stored, q + 8 from 0 to 15, because the fast instruction takes one factor
+   without a sign. So this is too large by 8 * (sum of x), which gemv_quantized subtracts. */
 INLINE int32x8 dot_int4(const uint8_t *weights, const int8_t *x) {
 #ifdef __AVX2__
     __m128i bytes = _mm_loadu_si128((const __m128i *)weights);
@@ -342,9 +345,9 @@ INLINE int32x8 dot_int4(const uint8_t *weights, const int8_t *x) {
 }
 
 
-/* ==================================================================================================
+/* =================================================================================================
    Few tokens: rows of the weight as they lie in memory (generation: reading them is the limit).
-   `height` (1 or FOUR) and `bits` are constants wherever these are called: each call is compiled for its own */
+   `height` (1 or FOUR) and `bits` are constants in each call, and each is compiled for its own */
 
 /* y (n): a quantized token times `height` rows of int8 or int4 weights, from `row` on. */
 INLINE void gemv_quantized(const struct layer *layer, struct quantized x, int64_t token, int64_t row, int height,
@@ -368,13 +371,13 @@ INLINE void gemv_quantized(const struct layer *layer, struct quantized x, int64_
             }
         }
         for (int64_t i = 0; i < count; i++) {
-            const int8_t *its = values + (g + i) * GROUP;
-            int16x16 x_low = widen_int8(its), x_high = widen_int8(its + 16);
+            const int8_t *x_group = values + (g + i) * GROUP;
+            int16x16 x_low = widen_int8(x_group), x_high = widen_int8(x_group + 16);
             UNROLL for (int c = 0; c < height; c++) {
                 const uint8_t *w = (const uint8_t *)layer->weights + (row + c) * layer->k * bits / 8
                                    + (g + i) * 4 * bits;
                 __builtin_prefetch(w + height * layer->k * bits / 8);             /* the same place of the next rows */
-                int32x8 products = bits == 4 ? dot_int4(w, its) : dot_int8(w, x_low, x_high);
+                int32x8 products = bits == 4 ? dot_int4(w, x_group) : dot_int8(w, x_low, x_high);
                 sum[c] += __builtin_convertvector(products, float8) * (bits == 4 ? scale[c][i] : scales[g + i]);
             }
         }
@@ -384,8 +387,8 @@ INLINE void gemv_quantized(const struct layer *layer, struct quantized x, int64_
                      + (layer->bias ? layer->bias[row + c] : 0) + (add ? y[row + c] : 0);
 }
 
-/* y (n): a token x (k) times `height` rows of float weights. Two sums for each row, so that one addition need
-   not wait for the last. */
+/* y (n): a token x (k) times `height` rows of float weights. Two sums for each row, so that one
+   addition need not wait for the last. */
 INLINE void gemv_float(const struct layer *layer, const float *x, int64_t row, int height, float *y, int add) {
     float8 even[FOUR] = {0}, odd[FOUR] = {0}, v;
     float rest[FOUR] = {0};
@@ -414,9 +417,10 @@ INLINE void gemv_rows(const struct layer *layer, const float *x, struct quantize
     }
 }
 
-/* y (m, n) = x W^T + bias, or with `add` y += that, for rows `row` ... `end` - 1 of W. `rounded` is x for a
-   quantized layer. Four rows of W at a time: several tokens share them while they are in the cache, and what
-   int4 reads of x serves all four. For one token memory is read fastest in one stream, row after row. */
+/* y (m, n) = x W^T + bias, or with `add` y += that, for rows `row` ... `end` - 1 of W. `rounded` is
+   x for a quantized layer. Four rows of W at a time: several tokens share them while they are in
+   the cache, and what int4 reads of x serves all four. For one token memory is read fastest in one
+   stream: row after row. */
 static void gemv(const struct layer *layer, const float *x, struct quantized rounded, int64_t m, int64_t row,
                  int64_t end, float *y, int add) {
     int64_t by_four = m > 1 || layer->bits == 4 ? row + (end - row) / FOUR * FOUR : row;
@@ -425,7 +429,7 @@ static void gemv(const struct layer *layer, const float *x, struct quantized rou
 }
 
 
-/* ==================================================================================================
+/* =================================================================================================
    Many tokens: 16 rows of the weight at a time, unpacked (picture 3) */
 
 struct panel {
@@ -433,30 +437,31 @@ struct panel {
     float *scales;              /* (k / 32, 16) */
 };
 
-/* Rows row ... row + 15 of the weight. Behind the end of a row are zeros; behind the last row, that row again. */
+/* 16 rows of W, from `row` on. Behind the end of a row: zeros; behind the last row: that row again. */
 static void pack_panel(const struct layer *layer, int64_t groups, int64_t row, struct panel panel) {
     for (int64_t c = 0; c < PANEL; c++) {
-        int64_t its = row + c < layer->n ? row + c : layer->n - 1;
-        const uint8_t *w = (const uint8_t *)layer->weights + its * layer->k * layer->bits / 8;
+        int64_t from = row + c < layer->n ? row + c : layer->n - 1;
+        const uint8_t *w = (const uint8_t *)layer->weights + from * layer->k * layer->bits / 8;
         for (int64_t i = 0; i < groups * GROUP / 2; i++) {
             int8_t even = 2 * i >= layer->k ? 0 : layer->bits == 4 ? (w[i] & 15) - 8 : (int8_t)w[2 * i];
             int8_t odd = 2 * i + 1 >= layer->k ? 0 : layer->bits == 4 ? (w[i] >> 4) - 8 : (int8_t)w[2 * i + 1];
             int16_t pair[2] = {even, odd};
             memcpy(panel.weights + (i * PANEL + c) * 2, pair, 4);
         }
-        for (int64_t g = 0; g < groups; g++) panel.scales[g * PANEL + c] = scale_of(layer, its, g);
+        for (int64_t g = 0; g < groups; g++) panel.scales[g * PANEL + c] = scale_of(layer, from, g);
     }
 }
 
-/* `height` (1 or TILE) tokens times a panel: each weight that is loaded serves all of them. With 6 tokens there
-   are 12 vectors of sums, two of weights and one of x, and a CPU with AVX2 has 16 registers. */
+/* `height` (1 or TILE) tokens times a panel: each weight that is loaded serves all of them. Six
+   need 12 vectors of sums, two of weights and one of x, and a CPU with AVX2 has 16 registers. */
 INLINE void gemm_panel(const struct layer *layer, struct quantized x, int64_t token, struct panel panel, int64_t row,
                        int height, float *y) {
     const int16_t *values = (const int16_t *)x.values;
     float8 out[TILE][2] = {0};
     for (int64_t g = 0; g < x.groups; g++) {
         int32x8 sum[TILE][2] = {0};
-        _Pragma("GCC unroll 1") for (int i = 0; i < GROUP / 2; i++) {
+        _Pragma("GCC unroll 1")                        /* unrolled too, it would only be longer */
+        for (int i = 0; i < GROUP / 2; i++) {
             const int16_t *w = panel.weights + (g * GROUP / 2 + i) * PANEL * 2;
             int16x16 w_low = load_int16(w), w_high = load_int16(w + 16);
             UNROLL for (int h = 0; h < height; h++) {
@@ -477,17 +482,17 @@ INLINE void gemm_panel(const struct layer *layer, struct quantized x, int64_t to
 }
 
 
-/* ==================================================================================================
+/* =================================================================================================
    Layers */
 
-/* y (m, n) = x (m, k) W^T + bias; for a low-rank layer call it twice. Returns 1 if there is no memory. */
+/* y (m, n) = x (m, k) W^T + bias, without layer->first. Returns 1 if there is no memory. */
 int linear(const struct layer *layer, const float *x, int64_t m, float *y) {
     const int64_t n = layer->n, k = layer->k, groups = (k + GROUP - 1) / GROUP;
     if (!m) return 0;
     int quantized = layer->bits < 32, failed = 0;
     int panels = quantized && (m >= 8 || k % GROUP);       /* gemv would read behind the end of an odd row */
     enum order order = panels ? FOR_PANEL : layer->bits == 8 ? IN_ORDER : EVEN_FIRST;
-    char *memory = aligned_alloc(64, (m * groups * 72 + 128) / 64 * 64);     /* scales are read 8 at a time: a bit more */
+    char *memory = aligned_alloc(64, (m * groups * 72 + 128) / 64 * 64);     /* more: scales are read 8 at a time */
     if (!memory) return 1;
     struct quantized rounded = {
         .values = memory,                                  /* 64 bytes for each group */
@@ -524,7 +529,7 @@ int linear(const struct layer *layer, const float *x, int64_t m, float *y) {
     return failed;
 }
 
-/* y (m, k): rows of a quantized table as floats, the embedding of ids (m). Returns 1 if there is no such row. */
+/* y (m, k): rows ids (m) of a quantized table, as floats. Returns 1 if there is no such row. */
 int gather(const struct layer *table, const int64_t *ids, int64_t m, float *y) {
     const int64_t k = table->k;
     for (int64_t r = 0; r < m; r++)
@@ -540,8 +545,8 @@ int gather(const struct layer *table, const int64_t *ids, int64_t m, float *y) {
 }
 
 
-/* ==================================================================================================
-   Between the products. PyTorch needs six operators for a norm: a third of the time of a small model's token */
+/* =================================================================================================
+   Between the products. By six operators of PyTorch, norms took a third of a small model's token */
 
 /* y (n) = x / rms(x) * weight; y may be x */
 static void normalize(const float *x, const float *weight, float eps, int64_t n, float *y) {
@@ -566,8 +571,9 @@ void rms_norm(const float *x, const float *weight, float eps, int64_t m, int64_t
     for (int64_t r = 0; r < m; r++) normalize(x + r * n, weight, eps, n, y + r * n);
 }
 
-/* One head x (D) of q or k, in place: normalized if there is a weight (D), then rotary positions: channels i and
-   i + R are turned as a point (a, b) by the angle i of their position, for i < R; with 2 R < D the rest stays. */
+/* One head x (D) of q or k, in place: normalized if there is a weight (D), then rotary positions:
+   channels i and i + R are turned as a point (a, b) by the angle i of their position, for i < R;
+   with 2 R < D the rest stays. */
 static void rope_head(float *x, const float *weight, float eps, int64_t D, const float *cosines, const float *sines,
                       int64_t R) {
     if (weight) normalize(x, weight, eps, D, x);
@@ -588,17 +594,21 @@ struct head_sizes {
     int64_t rotary_B;           /* 1: all texts have the same positions; B: each its own */
 };
 
-/* All heads of q or k, x (B, T, H, D), as attention wants them: y (B, H, T, D); cosines, sines (rotary_B, T, R) */
+/* All heads of q or k, x (B, T, H, D), as attention wants them: y (B, H, T, D); cosines, sines
+   (rotary_B, T, R) */
 void to_heads(const float *x, const float *weight, float eps, const float *cosines, const float *sines,
               const struct head_sizes *sizes, float *y) {
     const int64_t B = sizes->B, T = sizes->T, H = sizes->H, D = sizes->D, R = sizes->R;
     const int64_t turns = sizes->rotary_B * T;             /* rows of cosines and sines */
     #pragma omp parallel for if (B * T * H * D > WORTH_THREADS)
-    for (int64_t r = 0; r < B * T; r++) for (int64_t h = 0; h < H; h++) {
-        int64_t b = r / T, t = r % T, angles = r % turns * R;
-        float *to = y + ((b * H + h) * T + t) * D;
-        memcpy(to, x + (r * H + h) * D, D * sizeof(float));
-        rope_head(to, weight, eps, D, cosines + angles, sines + angles, R);
+    for (int64_t r = 0; r < B * T; r++) {
+        const float *cosine = cosines + r % turns * R, *sine = sines + r % turns * R;
+        int64_t b = r / T, t = r % T;
+        for (int64_t h = 0; h < H; h++) {
+            float *to = y + ((b * H + h) * T + t) * D;
+            memcpy(to, x + (r * H + h) * D, D * sizeof(float));
+            rope_head(to, weight, eps, D, cosine, sine, R);
+        }
     }
 }
 
@@ -615,7 +625,7 @@ void swiglu(const float *gate, const float *up, int64_t n, float *y) {
 }
 
 
-/* ==================================================================================================
+/* =================================================================================================
    Decoding: all blocks for a few new tokens, by one team of threads (picture 4) */
 
 /* The sizes of decode_blocks, as Python's array of integers. m = batch * T tokens are new. */
@@ -649,7 +659,7 @@ struct block {
     const struct layer *down;       /* (C, I) */
     float *keys;                    /* the cache: (batch, K, capacity, D) */
     float *values;                  /* (batch, K, capacity, D) */
-    int64_t window;                 /* positions that a token may look back on, itself among them; 0: all */
+    int64_t window;                 /* the last positions that a token sees, itself included; 0: all */
 };
 
 /* What all threads read and write: each thread its own rows or heads. */
@@ -673,9 +683,9 @@ struct worker {
     int64_t threads;
     int64_t m;                  /* new tokens */
     float *x;                   /* (m, widest): what it has normalized, or SwiGLU */
-    float *scores;              /* (capacity) */
-    struct quantized rounded;   /* the input of a layer, rounded; kept for the next layer, often the same input */
-    const float *rounded_from;  /* that input; NULL: rounded is old */
+    float *scores;              /* (capacity + 8): of attention */
+    struct quantized rounded;   /* a layer's input, rounded; the next layer often has the same */
+    const float *rounded_from;  /* that input; NULL: it has changed */
     int64_t rounded_bits;       /* of the weights that it was rounded for */
     int64_t low_rank_half;      /* 0 or 1: of team->low_rank, the one used last */
 };
@@ -730,7 +740,7 @@ static void rope_and_cache(const struct block *block, const struct team *team, c
     }
 }
 
-/* q (D) = softmax(q keys^T / sqrt(D)) values; keys, values (count, D). scores has room for count + 7. */
+/* q (D) = softmax(q keys^T / sqrt(D)) values, with keys, values (count, D). scores (count + 7) */
 static void attention_head(float *q, const float *keys, const float *values, int64_t count, int64_t D, float *scores) {
     struct layer layer = {.weights = keys, .k = D, .bits = 32};            /* q keys^T is a product with floats */
     int64_t p = 0, i = 0;
@@ -769,7 +779,7 @@ static void attend(const struct block *block, const struct team *team, const str
     }
 }
 
-/* One thread's part of a block. A barrier stands where the next line reads what other threads write. */
+/* One thread's part of a block. Behind a barrier it may read what other threads wrote before it. */
 static void decode_block(const struct block *block, const struct team *team, struct worker *me) {
     normalize_all(block->attention_norm, team, me);
     apply_layer(block->q, me->x, team->q, 0, team, me);
@@ -795,15 +805,16 @@ static void decode_block(const struct block *block, const struct team *team, str
     #pragma omp barrier
 }
 
-/* x (batch, T, C), the embedded tokens at positions start ... start + T - 1, becomes the normalized hidden states;
-   their keys and values go into the cache. frequencies (R): a position turns pair i by position * frequency i;
-   rotary_scale: of cosines and sines; norm (C): the last one. Returns 1 if there is no memory. */
+/* x (batch, T, C), the embedded tokens at positions start ... start + T - 1, becomes the normalized
+   hidden states; their keys and values go into the cache. frequencies (R): a position turns pair i
+   by position * frequency i; rotary_scale: of cosines and sines; norm (C): the last one. Returns 1
+   if there is no memory. */
 int decode_blocks(const struct block *blocks, const struct decode_sizes *sizes, const float *frequencies,
                   float rotary_scale, const float *norm, float eps, float *x) {
     const struct decode_sizes s = *sizes;
     const int64_t m = s.batch * s.T;
     const int64_t shared = m * (s.H * s.D + 2 * s.K * s.D + 2 * s.I + 2 * s.widest) + 2 * s.T * s.R;
-    const int64_t private = m * (2 * s.widest + s.widest / 16) + s.capacity + 64;        /* of a thread; see below */
+    const int64_t private = m * (s.widest + s.widest / 4 + s.widest / 16) + s.capacity + 64;
     int most_threads = 1;
 #ifdef _OPENMP
     most_threads = omp_get_max_threads();
@@ -834,7 +845,7 @@ int decode_blocks(const struct block *blocks, const struct decode_sizes *sizes, 
         me.x = memory + shared + me.id * private;
         me.scores = me.x + m * s.widest;
         me.rounded.values = me.scores + s.capacity + 8;
-        me.rounded.scales = me.scores + s.capacity + 8 + m * s.widest / 2;
+        me.rounded.scales = me.scores + s.capacity + 8 + m * s.widest / 4;       /* a value is 1/4 of a float */
         me.rounded.sums = me.rounded.scales + m * s.widest / GROUP;
         for (int64_t i = 0; i < s.blocks; i++) decode_block(&blocks[i], &team, &me);
     }
@@ -844,13 +855,14 @@ int decode_blocks(const struct block *blocks, const struct decode_sizes *sizes, 
 }
 
 
-/* ==================================================================================================
-   Training: what lies between the products, backward, and the loss, in one pass each. By PyTorch's operators, each a
-   pass over the memory, this (forward and backward) was a fifth of a small model's step; here it is a twentieth */
+/* =================================================================================================
+   Training: what lies between the products, backward, and the loss, in one pass each. By PyTorch's
+   operators, each a pass over the memory, this (forward and backward) was a fifth of a small
+   model's step; here it is a twentieth */
 
-/* From `grad`, the gradient of y in normalize, to that of x; what it adds to that of the weight is added to
-   grad_weight. All (n); grad_x may be grad.
-       y = x s w with s = 1 / rms(x)    so    dx = s (grad w - x s^2 mean(grad w x))    and    dw = grad x s */
+/* From `grad`, the gradient of y in normalize, to that of x; what it adds to that of the weight is
+   added to grad_weight. All (n); grad_x may be grad.
+       y = x s w, s = 1 / rms(x):    dx = s (grad w - x s^2 mean(grad w x))    dw = grad x s */
 static void normalize_backward(const float *x, const float *weight, float eps, const float *grad, int64_t n,
                                float *grad_x, float *grad_weight) {
     float8 squares = {0}, products = {0};
@@ -868,8 +880,8 @@ static void normalize_backward(const float *x, const float *weight, float eps, c
     }
 }
 
-/* x, grad, grad_x (m, n); weight_sums (PARTS, n) zeros: their sum is the gradient of the weight. Each part of the
-   rows has its own, so that the number of threads changes no bit. */
+/* x, grad, grad_x (m, n); weight_sums (PARTS, n) zeros: their sum is the gradient of the weight.
+   Each part of the rows has its own, so that the number of threads changes no bit. */
 void rms_norm_backward(const float *x, const float *weight, float eps, int64_t m, int64_t n, const float *grad,
                        float *grad_x, float *weight_sums) {
     #pragma omp parallel for if (m * n > WORTH_THREADS)
@@ -878,25 +890,27 @@ void rms_norm_backward(const float *x, const float *weight, float eps, int64_t m
             normalize_backward(x + r * n, weight, eps, grad + r * n, n, grad_x + r * n, weight_sums + part * n);
 }
 
-/* The sizes of to_heads_backward: those of to_heads, and how far apart the elements of grad (B, H, T, D) are. */
+/* The sizes of to_heads_backward: those of to_heads, and how grad (B, H, T, D) lies in memory. */
 struct head_strides {
     struct head_sizes sizes;
-    int64_t stride_B;           /* in floats, from a text to the next; that of D is 1 */
-    int64_t stride_H;
-    int64_t stride_T;
+    int64_t stride_B;           /* floats from a text to the next */
+    int64_t stride_H;           /* from a head to the next */
+    int64_t stride_T;           /* from a position to the next; from a channel to the next it is 1 */
 };
 
-/* rope_head backward: from `grad`, the gradient of its result, to that of its input x. grad is turned back, by the
-   opposite angle, and then goes back through the norm. All (D); weight and weight_sum may be NULL. */
+/* rope_head backward: from `grad`, the gradient of its result, to that of its input x. grad is
+   turned back, by the opposite angle, and then goes back through the norm, if any. All (D).
+   restrict: grad_x overlaps nothing else here. gcc need not test that for each head. */
 static void rope_head_backward(const float *x, const float *weight, float eps, int64_t D, const float *cosines,
-                               const float *sines, int64_t R, const float *grad, float *grad_x, float *weight_sum) {
+                               const float *sines, int64_t R, const float *grad, float *restrict grad_x,
+                               float *weight_sum) {
     for (int64_t i = 0; i < R; i++) grad_x[i] = grad[i] * cosines[i] + grad[i + R] * sines[i];
     for (int64_t i = 0; i < R; i++) grad_x[i + R] = grad[i + R] * cosines[i] - grad[i] * sines[i];
     memcpy(grad_x + 2 * R, grad + 2 * R, (D - 2 * R) * sizeof(float));
     if (weight) normalize_backward(x, weight, eps, grad_x, D, grad_x, weight_sum);
 }
 
-/* x, grad_x (B, T, H, D); grad is that of y in to_heads; weight_sums (PARTS, D) zeros, not read without a weight. */
+/* x, grad_x (B, T, H, D); grad is that of y in to_heads; weight_sums (PARTS, D) zeros. */
 void to_heads_backward(const float *x, const float *weight, float eps, const float *cosines, const float *sines,
                        const struct head_strides *strides, const float *grad, float *grad_x, float *weight_sums) {
     const struct head_sizes *s = &strides->sizes;
@@ -904,16 +918,20 @@ void to_heads_backward(const float *x, const float *weight, float eps, const flo
     const int64_t stride_B = strides->stride_B, stride_H = strides->stride_H, stride_T = strides->stride_T;
     #pragma omp parallel for if (m * H * D > WORTH_THREADS)
     for (int64_t part = 0; part < PARTS; part++)
-        for (int64_t r = m * part / PARTS; r < m * (part + 1) / PARTS; r++) for (int64_t h = 0; h < H; h++) {
-            int64_t b = r / T, t = r % T, angles = r % turns * R, head = (r * H + h) * D;
-            rope_head_backward(x + head, weight, eps, D, cosines + angles, sines + angles, R,
-                               grad + b * stride_B + h * stride_H + t * stride_T, grad_x + head,
-                               weight_sums + part * D);
+        for (int64_t r = m * part / PARTS; r < m * (part + 1) / PARTS; r++) {
+            const float *grads = grad + r / T * stride_B + r % T * stride_T;
+            const float *cosine = cosines + r % turns * R, *sine = sines + r % turns * R;
+            for (int64_t h = 0; h < H; h++) {
+                int64_t head = (r * H + h) * D;
+                rope_head_backward(x + head, weight, eps, D, cosine, sine, R, grads + h * stride_H, grad_x + head,
+                                   weight_sums + part * D);
+            }
         }
 }
 
-/* gate, up, grad (the gradient of y), grad_gate, grad_up (n). With s = 1 / (1 + e^-gate), y = gate s up:
-       d gate = grad up s (1 + gate (1 - s))    and    d up = grad gate s */
+/* gate, up, grad (of y), grad_gate, grad_up (n)
+       s = 1 / (1 + e^-gate), y = gate s up:
+       dgate = grad up s (1 + gate (1 - s)), dup = grad gate s */
 void swiglu_backward(const float *gate, const float *up, int64_t n, const float *grad, float *grad_gate,
                      float *grad_up) {
     #pragma omp parallel for if (n > WORTH_THREADS)
@@ -932,7 +950,7 @@ INLINE float8 exp_in_place(float *x, int64_t n, float most) {
     return p;
 }
 
-/* -log p of a target, where p = softmax(x). x (V) becomes its gradient, p - one-hot, while it is in the cache. */
+/* -log p of a target, p = softmax(x). x (V), still in the cache, becomes the gradient p - one-hot. */
 static float cross_entropy_row(float *x, int64_t target, int64_t V) {
     float most = -INFINITY;
     float8 top[4], sum = {0};
@@ -954,8 +972,8 @@ static float cross_entropy_row(float *x, int64_t target, int64_t V) {
     return logf(all) + most - right;
 }
 
-/* losses (m) of logits (m, V), which become their gradients; both are 0 where the target (m) is IGNORE.
-   Returns 1 if a target is no id. */
+/* losses (m) of logits (m, V), which become their gradients; both are 0 where the target (m) is
+   IGNORE. Returns 1 if a target is no id. */
 int cross_entropy(float *logits, const int64_t *targets, int64_t m, int64_t V, float *losses) {
     for (int64_t r = 0; r < m; r++)
         if (targets[r] != IGNORE && (targets[r] < 0 || targets[r] >= V)) return 1;

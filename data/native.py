@@ -1,10 +1,11 @@
 """kernels.c, compiled for this CPU and attached to a model from outside.
 
-    model = native.attach(load("out"))            # the same numbers, faster; --no-native of the scripts leaves it out
+    model = native.attach(load("out"))         # the same numbers, faster; --no-native leaves it out
 
-model.py is plain PyTorch and does not know this file. `attach` gives each layer that kernels.c knows a subclass
-of the layer's own class, with a method or two in C. All of them prove themselves: the first call of each computes both
-ways, and where the results differ, one sentence says so and PyTorch stays. So a changed line in model.py is what runs.
+model.py is plain PyTorch and does not know this file. `attach` gives each layer that kernels.c
+knows a subclass of the layer's own class, with a method or two in C. Each method proves itself:
+the first call computes both ways. Where the results differ, one sentence says so and PyTorch
+stays. So a changed line in model.py is what runs.
 
 A C compiler is needed, once, for a second. Without one nothing is attached.
 """
@@ -244,10 +245,11 @@ class SwiGLUInC(torch.autograd.Function):
 # Layers: each class below becomes the first base of the class in model.py that has its name in LAYERS
 
 class Accelerated:
-    """The mark of a layer that has been given methods in C."""
+    """Marks a layer that has methods in C."""
 
 
 class NativeNorm(Accelerated):
+    """RMSNorm."""
     def forward(self, x):
         x = widened(x)
         if not applies(x, self.weight):
@@ -256,6 +258,7 @@ class NativeNorm(Accelerated):
 
 
 class NativeAttention(Accelerated):
+    """Normalization, rotary positions and transposition of queries and keys in one pass."""
     def to_heads(self, x, norm, rotary):
         x, weight = widened(x), getattr(norm, "weight", None)
         if rotary is None or isinstance(norm, nn.LayerNorm) or not applies(x, weight):
@@ -266,6 +269,7 @@ class NativeAttention(Accelerated):
 
 
 class NativeMLP(Accelerated):
+    """SwiGLU."""
     def inner(self, x):
         if self.gate_proj is None or self.act is not F.silu:
             return super().inner(x)
@@ -290,6 +294,7 @@ class NativeQuantLinear(Accelerated):
 
 
 def gathered_rows(table, ids):
+    """Rows of a quantized table, float32 (*ids.shape, in)."""
     y = torch.empty(*ids.shape, table.in_features)
     if call("gather", kept_struct(table), ids, ids.numel(), y):
         raise IndexError(f"ids {ids.tolist()} are not all rows of a table of {table.out_features}")

@@ -8,7 +8,7 @@ from data import UserError
 from data.hub import FAMILIES
 from data.machine import accelerate
 from data.native import library
-from model import Config, KVCache, Transformer, load, save
+from model import Config, KVCache, Transformer, attention_by_formula, load, save
 from shared import config_of
 
 TINY = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
@@ -267,3 +267,17 @@ def test_a_full_disk_while_saving_keeps_the_previous_model(tmp_path):
             assert [p.name for p in disk.iterdir()] == ["m"]
     finally:
         subprocess.run(["umount", "-l", disk])
+
+
+@pytest.mark.parametrize("K, window, segments", [(4, 0, False), (2, 0, False), (1, 5, False), (2, 0, True)])
+def test_attention_is_the_written_formula(K, window, segments):
+    """Attention.mix, by PyTorch's fused operation, against softmax(q k^T / sqrt(D)) v."""
+    config = Config(hidden_size=32, num_attention_heads=4, num_key_value_heads=K, head_dim=8, sliding_window=window, vocab_size=50)
+    model = Transformer(config).initialize(torch.Generator().manual_seed(0)).eval()
+    ids, attention = torch.randint(50, (2, 11), generator=torch.Generator().manual_seed(1)), model.model.layers[0].self_attn
+    examples = torch.tensor([[0] * 4 + [1] * 7, [0] * 9 + [1] * 2]) if segments else None
+    x, rotary, masks = model.model.prepare(ids, segments=examples)
+    mask = torch.ones(11, 11, dtype=torch.bool).tril() if masks[0] is None else masks[0]
+    v = attention.v_proj(x).view(2, 11, K, 8).transpose(1, 2)
+    formula = attention_by_formula(*attention.queries_keys(x, rotary), v, mask)
+    torch.testing.assert_close(attention.mix(x, rotary, masks[0]), formula.transpose(1, 2).flatten(2))
