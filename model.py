@@ -79,7 +79,7 @@ class Config:
         """
         R = int(self.head_dim * self.rope["partial_rotary_factor"])
         pairs = torch.arange(0, R, 2, dtype=torch.float32, device="cpu")
-        return hub.stretched(self.rope["rope_theta"] ** (-pairs / R), self.rope)     # for windows longer than trained
+        return hub.scaled_frequencies(self.rope["rope_theta"] ** (-pairs / R), self.rope)  # for long windows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -593,8 +593,8 @@ def load(path, device="cpu", dtype=None, finite=True):
     family or kind of layer. finite=True also refuses values that are infinite or not a number, which reads all of the
     file: a fifth of the time to the first token. finite=False leaves that to the caller, who looks at the first logits.
     """
-    directory = checkpoints.whole(path)
-    checkpoints.refuse_beside(directory)
+    directory = checkpoints.find_model(path)
+    checkpoints.refuse_adapters(directory)
     settings = hub.read_config(directory)
     with checkpoints.config_to_blame(directory):
         config = Config(**hub.config_from_hub(settings, Config))
@@ -605,7 +605,7 @@ def load(path, device="cpu", dtype=None, finite=True):
                             f"{len(tensors):,} tensors")
         model = empty(config, settings.get("compression"))
         if not model.compression:
-            tensors = hub.to_ours(tensors, config.model_type, model.state_dict())
+            tensors = hub.tensors_from_hub(tensors, config.model_type, model.state_dict())
         if config.tie_word_embeddings and not checkpoints.is_tied(tensors):          # as transformers 5 does
             say_once(f"{directory}: config.json ties the head to the embedding, but the file holds a head of its own: "
                      "that one is used")
@@ -638,13 +638,13 @@ def save(model, directory, tokenizer=None, extra=None, state=None):
     config.update(history=model.history, dtype=str(model.dtype)[6:], **({"exits": model.exits} if model.exits else {}))
     tensors = {name: t.detach().to("cpu").contiguous() for name, t in (state or model.state_dict()).items()
                if not (model.config.tie_word_embeddings and name.startswith("lm_head."))}
-    if checkpoints.only_here(model):                  # or transformers would fill the layers with random numbers
+    if checkpoints.only_opens_here(model):                  # or transformers would fill the layers with random numbers
         config.update(model_type=hub.COMPRESSED, base_model_type=model.config.model_type)
         del config["architectures"]
     if model.compression:
         config.update(compression=model.compression)
     else:
-        tensors = hub.to_theirs(tensors, model.config.model_type)
+        tensors = hub.tensors_to_hub(tensors, model.config.model_type)
     with replacing(directory, MODEL) as new, disk_full(new, sum(t.nbytes for t in tensors.values())):
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:

@@ -1,4 +1,4 @@
-"""Model directories: which files hold a model, what is refused, and the model card. model.py's load and save use it."""
+"""Model directories, for load and save of model.py: files, refusals, the model card."""
 import contextlib, hashlib, json, re
 from pathlib import Path
 
@@ -15,41 +15,48 @@ NOT_FOR = """Text it writes may be wrong, biased, or copied from its training da
 people, for medical, legal or financial advice, or for anything where a mistake does harm unless a person checks it."""
 
 
-def whole(path):
-    """The directory that holds the model at `path`: itself, what an interrupted save left beside it, or, for a training
-    run, its best/ or last/. Raises UserError if there is none."""
+def find_model(path):
+    """The directory that holds the model at `path`: for a training run best/ or last/.
+
+    Finds also a directory that an interrupted save left beside (.NAME.new, .NAME.old). Raises
+    UserError if there is none.
+    """
     path = named(path)
     for base in (path, path / "best", path / "last"):
         for candidate in (base, beside(base, "new"), beside(base, "old")):
-            if (candidate / "config.json").is_file():      # it is written last
+            if (candidate / "config.json").is_file():      # the last file that a save writes
                 return candidate
-    refuse_beside(path)
-    raise UserError(f"there is no model in {path}: no config.json in it, nor in its best/ or last/" if path.exists()
-                    else f"there is no directory {path}")
+    if not path.exists():
+        raise UserError(f"there is no directory {path}")
+    refuse_adapters(path)
+    raise UserError(f"there is no model in {path}: no config.json in it, nor in its best/ or last/")
 
 
 WRAPPER = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-BESIDE = {"an adapter": ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
-          "settings of quantized weights": ("quantize_config.json", "quant_config.json", "hf_quant_config.json")}
+ADAPTERS = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}
+QUANTIZED = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 
 
-def refuse_beside(directory):
-    """Raises UserError for files beside the weights that change what these mean, and that are not read here."""
-    for kind, names in BESIDE.items():
-        for name in names:
-            if (Path(directory) / name).exists():
-                way = ("merge it: peft's model.merge_and_unload().save_pretrained(NEW_DIR)" if kind == "an adapter" else
-                       "take the model before it was quantized")
-                raise UserError(f"{directory} holds {name}, {kind}, which is not read here; {way}")
+def refuse_adapters(directory):
+    """Raises UserError for files beside the weights that change the meaning of these."""
+    for name in sorted(ADAPTERS | QUANTIZED):
+        if (Path(directory) / name).exists():
+            kind, way = "settings of quantized weights", "take the model before it was quantized"
+            if name in ADAPTERS:
+                kind, way = "an adapter", "merge it: peft's model.merge_and_unload().save_pretrained(NEW_DIR)"
+            raise UserError(f"{directory} holds {name}, {kind}, which is not read here; {way}")
 
 
 def read_tensors(directory):
-    """All tensors of model.safetensors, or of the shards its index names, mapped from the files. Raises UserError."""
-    names = ["model.safetensors"]
-    if (directory / "model.safetensors.index.json").is_file() and not (directory / names[0]).is_file():
-        shards = read_json(directory / "model.safetensors.index.json").get("weight_map")
+    """{name: tensor} of model.safetensors, or of the shards of an index, mapped from the files.
+
+    Names lose the prefixes of wrappers (DDP, torch.compile, FSDP). Raises UserError.
+    """
+    names, index = ["model.safetensors"], directory / "model.safetensors.index.json"
+    if index.is_file() and not (directory / names[0]).is_file():
+        shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or any(Path(str(n)).name != n for n in shards.values()):
-            raise UserError(f"{directory / 'model.safetensors.index.json'} has no weight_map of file names")
+            raise UserError(f"{index} has no weight_map of file names")
         names = sorted(set(shards.values()))
     tensors = {}
     for name in names:
@@ -60,19 +67,19 @@ def read_tensors(directory):
             raise UserError(f"{directory} has no {name}{only}")
         try:
             with safe_open(directory / name, framework="pt") as f:
-                keys = {WRAPPER.sub("", key): key for key in f.keys()}
-                found, count = {ours: f.get_tensor(key) for ours, key in keys.items()}, len(list(f.keys()))
-        except Exception as error:                    # whatever a library finds wrong with bytes is the file's fault
+                keys = list(f.keys())
+                shard = {WRAPPER.sub("", key): f.get_tensor(key) for key in keys}
+        except Exception as error:                    # any error of the library means that the file is broken
             raise UserError(f"{directory / name} is truncated or not a safetensors file ({error})") from None
-        if len(found) < count:
+        if len(shard) < len(keys):
             raise UserError(f"{directory / name} holds a tensor twice, once behind module. or _orig_mod.: save it anew")
-        tensors.update(found)
+        tensors.update(shard)
     return tensors
 
 
 @contextlib.contextmanager
 def config_to_blame(directory):
-    """Turns errors inside into a UserError that names config.json."""
+    """Context in which every error becomes a UserError that names config.json."""
     try:
         yield
     except UserError as error:
@@ -82,7 +89,7 @@ def config_to_blame(directory):
 
 
 def is_tied(tensors):
-    """Whether a file's head is the embedding: the same tensor, or none."""
+    """Whether the head is the embedding, or absent. A head that is equal leaves `tensors`."""
     head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if head is None or table is None or head.dtype == table.dtype and torch.equal(head, table):
         tensors.pop("lm_head.weight", None)
@@ -91,9 +98,26 @@ def is_tied(tensors):
 
 
 def check_tensors(model, tensors, directory, finite):
-    """Raises UserError where the tensors of a file are not those of a model: names, shapes, types, finite values."""
-    config, shapes = model.config, {name: t.shape for name, t in model.state_dict().items()}
-    if config.tie_word_embeddings:
+    """Raises UserError for tensors of wrong names, shapes or types, or (finite=True) values."""
+    check_shapes(model, tensors, directory)
+    for name, t in model.named_buffers():                        # integers and scales: read, never converted
+        if tensors[name].dtype != t.dtype:
+            raise UserError(f"{directory}: {name} is {tensors[name].dtype}, config.json says {t.dtype}")
+    for name in dict(model.named_parameters()).keys() & tensors.keys():
+        if tensors[name].dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise UserError(f"{directory}: {name} is {tensors[name].dtype}, which is not read here: write the model as "
+                            "float32, float16 or bfloat16")
+    for name, t in tensors.items() if finite else ():
+        # the sum is fast, but may overflow where all values are finite
+        if t.is_floating_point() and not t.sum(dtype=torch.float32).isfinite() and not t.isfinite().all():
+            raise UserError(f"{directory}: {name} holds values that are infinite or not a number: its training "
+                            "diverged, or the file is damaged; take an earlier checkpoint")
+
+
+def check_shapes(model, tensors, directory):
+    """Raises UserError for tensors that are missing or unknown, or have another shape."""
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith("lm_head.")}
     missing, unknown = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
     for problem, names in (("lacks", missing), ("has an unknown", unknown)):
@@ -103,55 +127,48 @@ def check_tensors(model, tensors, directory, finite):
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise UserError(f"{directory}: {name} is {tuple(tensors[name].shape)}, config.json says {tuple(shape)}")
-    for name, t in model.named_buffers():                        # integers and scales: read, never converted
-        if tensors[name].dtype != t.dtype:
-            raise UserError(f"{directory}: {name} is {tensors[name].dtype}, config.json says {t.dtype}")
-    for name in dict(model.named_parameters()).keys() & tensors.keys():
-        if tensors[name].dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise UserError(f"{directory}: {name} is {tensors[name].dtype}, which is not read here: write the model as "
-                            "float32, float16 or bfloat16")
-    for name, t in tensors.items() if finite else ():
-        if t.is_floating_point() and not t.sum(dtype=torch.float32).isfinite() and not t.isfinite().all():
-            raise UserError(f"{directory}: {name} holds values that are infinite or not a number: its training "
-                            "diverged, or the file is damaged; take an earlier checkpoint")
 
 
 def model_name(path):
-    """What a child calls its parent: the directory's name, or a run's."""
-    directory = whole(path).resolve()
+    """The name of the model at `path` in a history: the directory's, or the run's."""
+    directory = find_model(path).resolve()
     return directory.parent.name if directory.name in ("best", "last") else directory.name
 
 
 def checkpoint_hash(path):
-    """sha256 of the weights (16 hex digits): how a child names its parent, wherever that lies."""
+    """sha256 of the weights (16 hex digits), by which a history identifies a parent."""
     digest = hashlib.sha256()
-    for file in sorted(whole(path).glob("*.safetensors")):
+    for file in sorted(find_model(path).glob("*.safetensors")):
         with open(file, "rb") as f:
             while block := f.read(2 ** 22):
                 digest.update(block)
     return digest.hexdigest()[:16]
 
 
-def only_here(model):
-    """Whether only this project opens the model's directory: it has layers or switches that its family does not."""
+def only_opens_here(model):
+    """Whether only this project opens the model: the family lacks one of the layers or switches."""
     return bool(model.compression) or "switches" in config_to_hub(model.config)
 
 
-def front_matter(card):
-    """Lines of a model card's front matter that say whose work a model is: they stay with all that is made of it."""
-    if not card.is_file():
+def front_matter(file):
+    """Lines of a model card's front matter on licence, base model and languages: a list of str.
+
+    The lines stay in the card of every model that is made from this one. file: may be missing.
+    """
+    if not file.is_file():
         return []
-    _, _, text = card.read_text(encoding="utf-8", errors="replace")[:2 ** 16].partition("---\n")
-    kept, keep = [], False
+    _, _, text = file.read_text(encoding="utf-8", errors="replace")[:2 ** 16].partition("---\n")
+    lines, keep = [], False
     for line in text.partition("\n---")[0].splitlines():
         if not line.startswith((" ", "-")):
             keep = line.startswith(("license", "base_model:", "language:"))
-        kept += [line] * keep
-    return kept
+        if keep:
+            lines.append(line)
+    return lines
 
 
 def sampling_settings(directory):
-    """How a model's makers sample from it, by generation_config.json; {} if they do not say."""
+    """The authors' settings of sampling in generation_config.json: a dict, {} if there are none."""
     file = directory / "generation_config.json"
     settings = read_json(file) if file.is_file() else {}
     names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -159,14 +176,14 @@ def sampling_settings(directory):
 
 
 def generation_config(model, tokenizer):
-    """generation_config.json as a dict: how to sample, and the ids that end a text."""
+    """generation_config.json as a dict: the settings of sampling, and the ids that end a text."""
     return {**(model.config.hub.get("sampling") or SAMPLING), "eos_token_id": sorted(tokenizer.eos_ids),
             "pad_token_id": tokenizer.eos_id}
 
 
 def card(model):
-    """The model card (README.md of a model directory): what it is, how it opens, what made it, what it is not for."""
-    c, ours = model.config, only_here(model)
+    """The model card (README.md of a model directory): size, how to open it, history, limits."""
+    c, ours = model.config, only_opens_here(model)
     library = [] if ours else ["library_name: transformers"]
     lines = ["---", *c.hub.get("card", []), *library, "pipeline_tag: text-generation", "---", "",
              "# A small language model", "",
@@ -189,17 +206,20 @@ def card(model):
 
 
 def by_name(paths, flag):
-    """{name: model directory}: the directories' names, or the paths as typed if two share one."""
+    """{name: model directory}: the names of the directories, or the paths if two names are equal.
+
+    Raises UserError, naming `flag`, for a path that is given twice.
+    """
     names = [model_name(path) for path in paths]
     names = names if len(set(names)) == len(names) else [str(path) for path in paths]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UserError(f"{flag} {twice}: it is named twice")
-    return dict(zip(names, map(whole, paths)))
+    return dict(zip(names, map(find_model, paths)))
 
 
 def tokenizer_of(model, directory):
-    """The tokenizer in the model's directory. Raises UserError if they do not belong together."""
+    """The tokenizer in a model's directory. Raises UserError if the model has fewer ids."""
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model only "

@@ -1,41 +1,41 @@
-"""Commands: flags, standard streams, and one sentence for each mistake that a person can mend."""
+"""Commands: flags, standard streams, and one sentence for each mistake of a user."""
 import argparse, dataclasses, difflib, errno, functools, inspect, os, re, sys
 
 from data import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the script's docstring as help, and one sentence instead of a page when a flag is wrong."""
+    """argparse with the script's docstring as --help and UserError for a wrong flag."""
     def __init__(self, description):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
 
     def parse_args(self, argv=None, namespace=None):
-        self._given = sys.argv[1:] if argv is None else argv
+        self.argv = sys.argv[1:] if argv is None else argv
         return super().parse_args(argv, namespace)
 
     def error(self, message):
-        flags = [a.split("=")[0] for a in self._given if a.startswith("--")]
-        near = [m for f in flags if f not in self._option_string_actions
-                for m in difflib.get_close_matches(f, self._option_string_actions, 1)]
+        flags = [a.split("=")[0] for a in self.argv if a.startswith("--")]
+        near = [match for flag in flags if flag not in self._option_string_actions
+                for match in difflib.get_close_matches(flag, self._option_string_actions, 1)]
         raise UserError(message + (f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"))
 
 
 def open_streams():
-    """Gives the standard streams that a caller has closed an end that takes everything, and all of them utf-8."""
+    """Opens closed standard streams on the null device, and sets all of them to UTF-8."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)                   # takes the lowest free number: this one
+            os.open(os.devnull, os.O_RDWR)                   # takes the lowest free number, which is this one
         stream = getattr(sys, name) or open(os.devnull, "w" if number else "r", encoding="utf-8")
         setattr(sys, name, stream)
-        if hasattr(stream, "reconfigure"):                   # a Windows console or a pipe may not be utf-8
+        if hasattr(stream, "reconfigure"):                   # a Windows console or a pipe may not be UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
 def sentence(error):
-    """What to say of an error that the system raised, or None: it is a bug and keeps its traceback."""
+    """The message for an error of the operating system; None for a bug."""
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return "the disk is full, or your share of it; what was there before is whole: free some space and run it again"
@@ -51,7 +51,7 @@ def sentence(error):
 
 
 def run(main):
-    """Calls main() as a command: mistakes end in one sentence and exit code 2, bugs keep their traceback."""
+    """Calls main(): mistakes end with one sentence and exit code 2, bugs with a traceback."""
     open_streams()
     code, message = 2, None
     try:
@@ -62,22 +62,22 @@ def run(main):
         message = f"error: {error}"
     except KeyboardInterrupt:
         code, message = 130, "\nstopped"
-    except BrokenPipeError:                                  # `python sample.py ... | head`: nobody listens any more
+    except BrokenPipeError:                                  # `python sample.py ... | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (OSError, MemoryError, RuntimeError) as error:
-        if not (said := sentence(error)):
+        if not (text := sentence(error)):
             raise
-        message = f"error: {said}"
+        message = f"error: {text}"
     if message:
         print(message[0] + message[1:].replace("\n", " "), file=sys.stderr)
     sys.exit(code)
 
 
 def flags_of(config_class, description, argv=None, positional=(), hidden=()):
-    """{field: value} of the flags that were given; each field of a dataclass is a flag, and its comment the help.
+    """{field: value} of the given flags: a dataclass's fields are flags, the comments their help.
 
-    Fields in `positional` are written without a flag; those in `hidden` cannot be given. Raises UserError.
+    Fields in `positional` need no flag; fields in `hidden` have none. Raises UserError.
     """
     parser = Parser(description)
     comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", "".join(inspect.getsource(c) for c in
@@ -90,7 +90,7 @@ def flags_of(config_class, description, argv=None, positional=(), hidden=()):
             parser.add_argument(f.name, nargs="?", default=argparse.SUPPRESS, help=help)
             continue
         help += f" (default: {f.default!r})"
-        if f.type in (bool, "bool"):                             # --no-compile switches off what --preset switches on
+        if f.type in (bool, "bool"):                             # --no-compile overrides a preset
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
         else:
             parser.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, help=help)
@@ -98,13 +98,14 @@ def flags_of(config_class, description, argv=None, positional=(), hidden=()):
 
 
 def numbers(text, flag, first, last):
-    """The whole numbers of "0,2,5". Raises UserError if one is not in first ... last."""
+    """The whole numbers in "0,2,5". Raises UserError if one is not in first ... last."""
     if not all(n.strip().isdigit() and first <= int(n) <= last for n in text.split(",")):
         raise UserError(f"{flag} {text} must be whole numbers from {first} to {last}, written like 0,2,5")
     return [int(n) for n in text.split(",")]
 
 
 def decoded(data, where):
+    """Bytes as UTF-8 text. Raises UserError; `where` begins the message."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
@@ -113,5 +114,5 @@ def decoded(data, where):
 
 @functools.cache
 def say_once(text):
-    """Prints a sentence to standard error, once in a process."""
+    """Prints a sentence to standard error, once per process."""
     print(text, file=sys.stderr)

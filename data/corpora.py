@@ -1,11 +1,12 @@
 """
-Where documents come from: the standard library's own source, files and folders of text, .jsonl files.
+Where documents come from: the standard library's source, files and folders of text, .jsonl files.
 
     for name, parts in corpora.documents(corpora.source(["notes/", "faq.jsonl"]), skipped := corpora.Skipped()): ...
 
-A document is its name and its parts. Text comes as an iterator of pieces (str, about 1 MB each, so that a large file is
-never held whole); prompt and response as an Example. Nothing is normalized: line ends stay as they are, only a
-byte-order mark goes. What cannot be used is counted in `skipped` by reason.
+A document is a name and parts. The parts of a text are an iterator of pieces (str, about 1 MB each,
+so that a large file is never held whole); prompt and response are an Example. Nothing is
+normalized: line ends stay, only a byte-order mark is removed. Documents that cannot be used are
+counted in `skipped` by reason.
 """
 
 import codecs, io, json, os, re, sysconfig
@@ -18,45 +19,57 @@ from data.files import reading
 
 KNOWN = ["stdlib"]  # corpora that need no file and no network; download.py has others
 PIECE, HARD_CUT = 1 << 20, 8 << 20  # characters
-# A place between two words in every pattern we know (Qwen2, GPT-2, Llama 3): white space after a letter or digit begins
-# a new one. A cut *after* a newline would not do: GPT-2 takes "\n\n" as one word at the end of a text, as two within.
+# A word border for Qwen2, GPT-2 and Llama 3: white space after a letter or digit begins a word.
+# After a newline would be wrong: to GPT-2 "\n\n" is one word at the end of a text, two within.
 BOUNDARY = re.compile(r"(?<=[^\W_])(?=[ \r\n])")
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 
 
 class File(NamedTuple):
+    """A file of documents."""
     name: str  # relative and posix: the same on every machine
     path: Path
     lf: bool = False  # turn CRLF into LF
-    end: bytes = b""  # what stands between documents, of a file that holds many
+    end: bytes = b""  # the separator of documents, for a file that holds many
 
 
 class Example(NamedTuple):
+    """A prompt and the response to learn."""
     prompt: str
     response: str
     fields: dict  # all of the line
 
 
 class Skip(Exception):
-    """This document cannot be used; the message is the reason it is counted under."""
+    """This document cannot be used; the message is the reason under which it is counted."""
 
 
 class Skipped(Counter):
-    """How many documents could not be used, by reason, and the names of the first few of each."""
+    """Counts documents that could not be used, by reason; `names` lists the first five of each."""
     def __init__(self, counts=(), names=()):
         super().__init__(counts)
         self.names = {reason: list(few) for reason, few in dict(names).items()}
 
     def add(self, reason, name):
+        """Counts one document."""
         self[reason] += 1
-        few = self.names.setdefault(reason, [])
-        few += [printable(name)] * (len(few) < 5)
+        self.names[reason] = (self.names.get(reason, []) + [printable(name)])[:5]
+
+    def merge(self, other):
+        """Adds the counts and names of another Skipped."""
+        self.update(other)
+        for reason, few in other.names.items():
+            self.names[reason] = (self.names.get(reason, []) + few)[:5]
+
+    def counts(self):
+        """{reason: number}, sorted, without zeros."""
+        return {reason: n for reason, n in sorted(self.items()) if n}
 
     def __str__(self):
-        def of(reason, n):
+        def line(reason, n):
             few = self.names.get(reason, ())
             return f"{n:,} {reason}" + (f" ({', '.join(few)}{', ...' * (n > len(few))})" if few else "")
-        return ", ".join(of(reason, n) for reason, n in sorted(self.items()) if n)
+        return ", ".join(line(reason, n) for reason, n in self.counts().items())
 
 
 def printable(name):
@@ -65,32 +78,36 @@ def printable(name):
 
 
 def source(inputs, name=None, flag="--input", skipped=None):
-    """The files behind `inputs` (paths), or behind the known corpus `name`: a list of File, sorted within each folder.
+    """The files of `inputs` (paths), or of the known corpus `name`: a list of File.
 
-    Hidden files, __pycache__, node_modules and links to folders are passed over. Raises UserError, naming `flag`, for
-    a path that is not there.
+    Each folder is sorted. Hidden files, __pycache__, node_modules and links to folders are left
+    out. Raises UserError, naming `flag`, for a path that does not exist.
     """
     if name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        # Windows installs it with CRLF; _sysconfigdata* is written by this machine's build, it is not the library's
+        # Windows installs CRLF; _sysconfigdata* is not the library's: this machine's build wrote it
         return sorted(File(p.relative_to(root).as_posix(), p, lf=True) for p in walk(root, STDLIB_SKIPS, ".py")
                       if not p.name.startswith("_sysconfigdata"))
     files = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = walk(path, {"__pycache__", "node_modules"}, skipped=skipped)
-            files += sorted(File(p.relative_to(path).as_posix(), p) for p in found)
+            paths = walk(path, {"__pycache__", "node_modules"}, skipped=skipped)
+            files += sorted(File(p.relative_to(path).as_posix(), p) for p in paths)
         elif path.exists():
             files.append(File(path.name, path))
         else:
             raise UserError(f"{flag} {path}: there is no such file or folder")
-    seen = set()  # a file given twice, or inside a folder that was given too, is one file
-    return [f for f in files if (key := os.path.realpath(f.path)) not in seen and not seen.add(key)]
+    unique = {}  # a file given twice, or inside a folder that was given too, is one file
+    for file in files:
+        unique.setdefault(os.path.realpath(file.path), file)
+    return list(unique.values())
 
 
 def walk(root, skip, suffix="", skipped=None):
-    """Files under `root`; links to folders are not followed, so there is no loop, and our own datasets not entered.
-    Folders that cannot be read are counted in `skipped`."""
+    """Yields files under `root`, without prepared datasets and links to folders, which may loop.
+
+    Folders that cannot be read are counted in `skipped`.
+    """
     def unreadable(error):
         if skipped is not None:
             skipped.add(f"folder that cannot be read: {error.strerror}", os.path.relpath(error.filename, root))
@@ -102,21 +119,24 @@ def walk(root, skip, suffix="", skipped=None):
 
 
 def documents(files, skipped):
-    """Yield (name, parts) for each document of `files` (see `source`); counts in `skipped`, a Skipped.
+    """Yields (name, parts) of each document in `files` (see `source`); counts in `skipped`.
 
-    Reading `parts` of a text may raise Skip: then the whole document is to be dropped and counted by the caller.
+    Reading `parts` of a text may raise Skip: the caller then drops and counts the whole document.
     Raises UserError for a broken .jsonl line.
     """
     for name, path, lf, end in files:
         if not path.is_file():  # a dangling link, a pipe, a socket
             skipped.add("not a regular file", name)
-            continue
-        yield from (jsonl(path, name) if path.suffix.lower() == ".jsonl" else between(path, name, end) if end else
-                    [(name, pieces(blocks(path, lf)))])
+        elif path.suffix.lower() == ".jsonl":
+            yield from jsonl(path, name)
+        elif end:
+            yield from separated(path, name, end)
+        else:
+            yield name, pieces(blocks(path, lf))
 
 
-def between(path, name, end):
-    """Yield (place, parts) of each text that `end` (bytes) ends or parts from the next; blank ones are passed over."""
+def separated(path, name, end):
+    """Yields (place, parts) of each text that is not blank, between separators `end` (bytes)."""
     number, rest, block = 0, b"", b" "
     with reading(path), open(path, "rb") as f:
         while block:
@@ -128,14 +148,17 @@ def between(path, name, end):
 
 
 def blocks(path, lf=False):
-    """The text of a file (or an open one) as str of about 1 MB. Raises Skip if it is not UTF-8, is binary, or blank."""
+    """Yields the text of a file (or an open one) as str of about 1 MB.
+
+    Raises Skip if the file is not UTF-8, binary, blank or unreadable.
+    """
     decoder, empty = codecs.getincrementaldecoder("utf-8-sig")(), True
     try:
         f = path if isinstance(path, io.BytesIO) else open(path, "rb")
     except PermissionError:
         raise Skip("no permission to read") from None
     with f:
-        while block := readable(f):
+        while block := read_block(f):
             if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and empty:
                 raise Skip("UTF-16, to be saved as UTF-8")
             if b"\0" in block:
@@ -146,14 +169,14 @@ def blocks(path, lf=False):
                 raise Skip("not UTF-8") from None
             empty = empty and not text.strip()
             yield text.replace("\r\n", "\n") if lf else text
-        if decoder.getstate()[0]:  # ends within a character (a lone part of a byte-order mark too)
+        if decoder.getstate()[0]:  # ends within a character, or within a byte-order mark
             raise Skip("not UTF-8")
     if empty:
         raise Skip("empty")
 
 
-def readable(file):
-    """The next PIECE of an open file. Raises Skip where the disk, or the system, does not give it."""
+def read_block(file):
+    """The next PIECE bytes of an open file. Raises Skip where the disk or the system refuses."""
     try:
         return file.read(PIECE)
     except OSError as error:
@@ -161,10 +184,10 @@ def readable(file):
 
 
 def pieces(texts):
-    """Join and cut `texts` (an iterator of str) into pieces of about PIECE characters, at word boundaries.
+    """Joins and cuts `texts` (str) into pieces of about PIECE characters, at word boundaries.
 
-    So a document tokenized by pieces has the ids of the whole. Only text without a boundary for HARD_CUT characters
-    (nobody's prose) is cut anywhere.
+    A document tokenized piece by piece so has the ids of the whole. A text without a boundary for
+    HARD_CUT characters, which no prose is, is cut anywhere.
     """
     buffer = ""
     for text in texts:
@@ -182,9 +205,9 @@ def pieces(texts):
 
 
 def jsonl(path, name):
-    """Yield (place, parts) per line: {"text"} as pieces, {"prompt", "response"} as an Example.
+    """Yields (place, parts) per line: {"text"} as pieces, {"prompt", "response"} as an Example.
 
-    Raises UserError naming file and line for anything else; blank lines are passed over.
+    Blank lines are left out. Raises UserError, naming file and line, for other lines.
     """
     for place, fields in objects(path, name):
         text = fields.get("text")
@@ -198,9 +221,9 @@ def jsonl(path, name):
 
 
 def objects(path, name):
-    """Yield (place, dict) per line of a .jsonl file that is not blank; {} for JSON that is no object.
+    """Yields (place, dict) per line of a .jsonl file that is not blank; {} for other JSON.
 
-    Raises UserError naming file and line for what is not UTF-8 or not JSON.
+    Raises UserError, naming file and line, for a line that is not UTF-8 or not JSON.
     """
     with reading(path), open(path, "rb") as f:
         for number, line in enumerate(f, 1):
@@ -217,7 +240,7 @@ def objects(path, name):
 
 
 def clean(text):
-    """JSON can spell half a surrogate pair ("\\ud83d"), which is no text: it becomes U+FFFD."""
+    """The text with half surrogate pairs, which JSON can spell ("\\ud83d"), as U+FFFD."""
     try:
         text.encode("utf-8")
         return text

@@ -1,8 +1,9 @@
-"""A model and its tokenizer in one GGUF file, for llama.cpp, Ollama and others: the step gguf of compress.py.
+"""Writes a model and its tokenizer as one GGUF file, for llama.cpp and Ollama: the step gguf.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
-import dataclasses, errno, json, re, shutil
+import dataclasses, errno, functools, json, re, shutil
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,17 +13,17 @@ from data.files import replacing_file
 from data.tiktoken_plan import GPT2, GPT2_DIGITS, QWEN2
 
 GGUF_TYPES = ("f32", "f16", "q8_0", "q4_0")
-GGUF_NAMES = {                              # ours to GGUF's; in a layer "blk.N." goes before it
+GGUF_NAMES = {                              # the Hub's name: GGUF's; that of a layer begins with "blk.N."
     "model.embed_tokens": "token_embd", "model.embed_positions": "position_embd", "model.norm": "output_norm",
     "lm_head": "output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-GGUF_STORED = {"int8": "q8_0", "int4": "q4_0"}         # our quantized layers' type there: same integers, same scales
+GGUF_STORED = {"int8": "q8_0", "int4": "q4_0"}         # the type of quantized layers: same integers, same scales
 GGUF_FUSED = {"gpt2": {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv"}}
-GGUF_FUSED["phi3"] = {**GGUF_FUSED["gpt2"], "ffn_gate": "ffn_up"}        # rows of the gate first, then those of up
+GGUF_FUSED["phi3"] = {**GGUF_FUSED["gpt2"], "ffn_gate": "ffn_up"}        # the rows of the gate come first
 
-# llama.cpp does not read the pre-tokenizer's regex: it has its own code for each, by name.
+# llama.cpp reads no regex of a pre-tokenizer: it has code for each of these, by name.
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
           r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -33,7 +34,14 @@ PRE_TOKENIZERS = {GPT2: "gpt-2", GPT2_DIGITS: "smollm", QWEN2: "qwen2", LLAMA3: 
                   GPT4O: "gpt-4o"}
 
 
+def gguf_step(model, tokenizer, step, args):
+    """Step gguf of a chain: writes --out."""
+    write_gguf(model, tokenizer, step.value, Path(args.out), Path(args.model).resolve().name)
+    return model, tokenizer, {"step": step.name}
+
+
 def import_gguf():
+    """The gguf package. Raises UserError if it is not installed."""
     try:
         import gguf
     except ImportError:
@@ -42,10 +50,10 @@ def import_gguf():
 
 
 def q8_0_blocks(integers, scales):
-    """GGUF's Q8_0 rows from int8 weights as they are: value = integer * scale, one scale for 32 integers of a row.
+    """Q8_0 rows of int8 weights: value = integer * scale, one scale for 32 integers of a row.
 
-    integers (rows, cols) int8, scales (rows, cols / 32) float16 -> (rows, cols / 32 * 34) uint8. Where a whole row
-    shares one scale, repeat it. Raises ValueError if the shapes do not fit.
+    integers (rows, cols) int8, scales (rows, cols / 32) float16 -> (rows, cols / 32 * 34) uint8.
+    Where a whole row shares one scale, repeat it. Raises ValueError if the shapes do not fit.
     """
     rows, cols = integers.shape
     if cols % 32 or scales.shape != (rows, cols // 32):
@@ -56,11 +64,11 @@ def q8_0_blocks(integers, scales):
 
 
 def q4_0_blocks(integers, scales):
-    """GGUF's Q4_0 rows from 4-bit weights as they are: value = integer * scale, one scale for 32 integers of a row.
+    """Q4_0 rows of 4-bit weights: value = integer * scale, one scale for 32 integers of a row.
 
-    integers (rows, cols) int8 in -8..7, scales (rows, cols / 32) float16 -> (rows, cols / 32 * 18) uint8. A byte holds
-    elements i (low nibble) and i + 16 (high nibble) of its block, each as integer + 8. Raises ValueError if the shapes
-    or the integers do not fit.
+    integers (rows, cols) int8 in -8..7, scales (rows, cols / 32) float16 -> (rows, cols / 32 * 18)
+    uint8. A byte holds elements i (low nibble) and i + 16 (high nibble) of a block, as integer + 8.
+    Raises ValueError if the shapes or the integers do not fit.
     """
     rows, cols = integers.shape
     if cols % 32 or scales.shape != (rows, cols // 32):
@@ -73,7 +81,7 @@ def q4_0_blocks(integers, scales):
 
 
 def stored_blocks(layer):
-    """A quantized layer's rows in GGUF's blocks. A scale that more than one block of 32 shares is repeated in each."""
+    """The rows of a quantized layer in blocks of 32; a larger group repeats the scale in each."""
     integers, scales = (t.cpu().numpy() for t in layer.integers())
     scales = np.repeat(scales, integers.shape[1] // 32 // scales.shape[1], axis=1)
     return (q8_0_blocks if layer.bits == 8 else q4_0_blocks)(integers, scales)
@@ -85,7 +93,7 @@ def is_quantized(layer):
 
 
 def gguf_mismatch(model, kind):
-    """Why a model's quantized layers do not fit a GGUF file of this type, as text; None: they do, or there are none."""
+    """The reason why quantized layers do not fit a file of this type, as text; None: they fit."""
     blocks = {e["kind"] for e in model.compression if ".layers." in e["module"]}
     fit = {GGUF_STORED[k] for k in blocks}
     if fit and kind not in fit:
@@ -99,7 +107,7 @@ def gguf_mismatch(model, kind):
 
 
 def unsupported_by_llama_cpp(c):
-    """What of a Config llama.cpp's graph of its architecture does not have, as text; None: nothing."""
+    """A feature of a Config that llama.cpp's architecture lacks, as text; None: it has all."""
     arch = gguf_architecture(c)
     if not c.learned_positions and c.rope["rope_type"] not in ("default", "linear"):
         only = {"llama3": "llama", "longrope": "phi3"}.get(c.rope["rope_type"])
@@ -117,13 +125,14 @@ def unsupported_by_llama_cpp(c):
 
 
 def gguf_architecture(config):
+    """llama.cpp's name of the architecture."""
     return {"mistral": "llama"}.get(config.model_type, config.model_type)
 
 
 def gguf_metadata(writer, gguf, config, kind):
-    """Shapes and constants of the model, under GGUF's keys. Returns the context length in tokens."""
+    """Writes shapes and constants under GGUF's keys. Returns the context length in tokens."""
     c = config
-    # llama.cpp attends to everything: up to the window's length that is the same.
+    # llama.cpp attends to all tokens before: up to the length of a sliding window that is the same.
     context = min([c.max_position_embeddings, *filter(None, map(c.window, range(c.num_hidden_layers)))])
     writer.add_type("model")
     writer.add_file_type({"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16,
@@ -155,7 +164,7 @@ def gguf_metadata(writer, gguf, config, kind):
 
 
 def word_regex(data):
-    """The regex by which a tokenizer.json cuts text into words, or None where it is not byte-level BPE with one."""
+    """The regex that cuts text into words; None: this is not byte-level BPE with one regex."""
     pre, model = data.get("pre_tokenizer") or {}, data["model"]
     *first, last = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or "merges" not in model:
@@ -163,7 +172,7 @@ def word_regex(data):
     if last.get("use_regex", True):
         digits = [s.get("type") for s in first] == ["Digits"] and first[0].get("individual_digits")
         return GPT2 if not first else GPT2_DIGITS if digits else None
-    # words kept and the rest removed: the same, where the regex leaves no rest
+    # matches are words, and the rest is removed: the same, as these regexes leave no rest
     whole_text = [("Isolated", False), ("Removed", True)]
     if len(first) == 1 and (first[0].get("behavior"), first[0].get("invert", False)) in whole_text:
         return first[0]["pattern"].get("Regex")
@@ -171,8 +180,10 @@ def word_regex(data):
 
 
 def gguf_tokenizer(writer, gguf, tokenizer, size):
-    """The vocabulary of `size` ids, merges, special tokens and chat template. Raises UserError if llama.cpp has no
-    pre-tokenizer like this tokenizer's, or the model too few ids."""
+    """Writes the vocabulary of `size` ids, merges, special tokens and chat template.
+
+    Raises UserError if llama.cpp has no such pre-tokenizer, or if the model has too few ids.
+    """
     data, regex = tokenizer.data, word_regex(tokenizer.data)
     if regex not in PRE_TOKENIZERS:
         raise UserError(f"gguf: the tokenizer's pre-tokenizer ({regex or json.dumps(data.get('pre_tokenizer'))[:200]}) "
@@ -180,7 +191,7 @@ def gguf_tokenizer(writer, gguf, tokenizer, size):
     if tokenizer.vocab_size > size:
         raise UserError(f"gguf: the tokenizer has {tokenizer.vocab_size} ids, the model only {size}")
     if data.get("normalizer"):
-        print("llama.cpp does not normalize text as this tokenizer does: what is not in that form gets other ids")
+        print("llama.cpp does not normalize text as this tokenizer does: text that is not in that form gets other ids")
     tokens = [f"[PAD{i}]" for i in range(size)]
     kinds = [gguf.TokenType.UNUSED] * size
     for token, i in data["model"]["vocab"].items():
@@ -190,107 +201,126 @@ def gguf_tokenizer(writer, gguf, tokenizer, size):
         kinds[added["id"]] = gguf.TokenType.CONTROL if added.get("special") else gguf.TokenType.USER_DEFINED
     ids = {token: i for i, token in enumerate(tokens)}
 
-    def named(key):
+    def id_of(key):
         name = tokenizer.config.get(key)
         return ids.get(name.get("content") if isinstance(name, dict) else name, tokenizer.eos_id)
 
-    writer.add_tokenizer_model("gpt2")                          # byte-level BPE, whoever's
+    writer.add_tokenizer_model("gpt2")                          # byte-level BPE of any family
     writer.add_tokenizer_pre(PRE_TOKENIZERS[regex])
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]])
     adds_bos = tokenizer.bos_id is not None
     writer.add_add_bos_token(adds_bos)
-    # Without a name: an end of text is also what comes before one. (llama.cpp's default is id 11.)
-    writer.add_bos_token_id(tokenizer.bos_id if adds_bos else named("bos_token"))
+    # Without a name the end of text also begins one. (llama.cpp's default is id 11.)
+    writer.add_bos_token_id(tokenizer.bos_id if adds_bos else id_of("bos_token"))
     writer.add_eos_token_id(tokenizer.eos_id)
-    writer.add_pad_token_id(named("pad_token"))
-    # Programs with a Jinja of their own may not know the tags that mark what trainers learn from.
+    writer.add_pad_token_id(id_of("pad_token"))
+    # Programs with another Jinja may not know the tags that mark text for trainers.
     writer.add_chat_template(re.sub(r"{% (end)?generation %}", "", tokenizer.chat_template))
 
 
-def gguf_tensors(model, kind, gguf):
-    """What a GGUF file holds: [(name, ((rows,) columns), GGML type, function that gives the numpy array), ...].
+def gguf_pieces(model):
+    """{name in the file: [(tensor or quantized layer, heads to interleave or None), ...]}.
 
-    The arrays are made one at a time, when written: a quantized copy of the whole model need not fit in memory.
+    GGUF_FUSED puts several tensors in one.
+    Raises UserError for a tensor that GGUF_NAMES lacks.
     """
-    c, arch, T = model.config, gguf_architecture(model.config), gguf.GGMLQuantizationType
-    wanted, parts = T[kind.upper()], {}
+    c, arch, pieces = model.config, gguf_architecture(model.config), {}
+    heads_of = {"self_attn.q_proj": c.num_attention_heads, "self_attn.k_proj": c.num_key_value_heads}
     for name, t in model.state_dict().items():
         module, _, suffix = name.rpartition(".")
         if module == "lm_head" and c.tie_word_embeddings or suffix == "scales":
             continue                                            # llama.cpp takes token_embd where there is no output
-        if suffix == "q":                                       # integers and scales, both from their layer
+        if suffix == "q":                                       # integers and scales are written together
             t, suffix, module = model.get_submodule(module), "weight", module.removesuffix(".table")
-        layer = ""
-        if module.startswith("model.layers."):
-            _, _, number, module = module.split(".", 3)
-            layer = f"blk.{number}."
-        theirs = GGUF_NAMES[module]
-        theirs = GGUF_FUSED.get(arch, {}).get(theirs, theirs)
-        heads = {"self_attn.q_proj": c.num_attention_heads, "self_attn.k_proj": c.num_key_value_heads}.get(module)
-        parts.setdefault(f"{layer}{theirs}.{suffix}", []).append((t, heads if arch == "llama" else None))
+        layer, local = "", module
+        if name.startswith("model.layers."):
+            _, _, number, *local = module.split(".")
+            layer, local = f"blk.{number}.", ".".join(local)
+        if local not in GGUF_NAMES or suffix not in ("weight", "bias"):
+            tensor = ".".join(filter(None, (local, suffix))).removesuffix(".weight")
+            raise UserError(f"gguf: export.py does not know {tensor}, so llama.cpp would compute another model: add it "
+                            f"to GGUF_NAMES if llama.cpp's {arch} has it")
+        gguf_name = GGUF_FUSED.get(arch, {}).get(GGUF_NAMES[local], GGUF_NAMES[local])
+        heads = heads_of.get(local) if arch == "llama" else None
+        pieces.setdefault(f"{layer}{gguf_name}.{suffix}", []).append((t, heads))
+    return pieces
 
-    def shape_of(t):
-        return (t.out_features, t.in_features) if is_quantized(t) else tuple(t.shape)
 
-    def type_of(name, t):
+def gguf_type(name, t, kind, types):
+    """The GGML type of a tensor or quantized layer in a file of this kind."""
+    if is_quantized(t):
+        return types.Q8_0 if t.bits == 8 else types.Q4_0
+    if t.ndim == 1 or name.startswith("position_embd"):         # added, not multiplied: llama.cpp keeps them too
+        return types.F32
+    return types.F16 if kind.startswith("q") and t.shape[1] % 32 else types[kind.upper()]
+
+
+def encoded(name, pieces, ggml_type, gguf):
+    """The numpy array of a tensor of the file. Raises UserError for values beyond float16."""
+    arrays = []
+    for t, heads in pieces:
         if is_quantized(t):
-            return T.Q8_0 if t.bits == 8 else T.Q4_0
-        if t.ndim == 1 or name.startswith("position_embd"):     # added, not multiplied: llama.cpp keeps them too
-            return T.F32
-        return T.F16 if wanted in (T.Q8_0, T.Q4_0) and t.shape[1] % 32 else wanted
-
-    def encoded(name, t, ggml_type):
-        if is_quantized(t):
-            return stored_blocks(t)
-        if ggml_type != T.F32 and t.abs().max() > 65504:
+            rows = stored_blocks(t)
+        elif ggml_type != gguf.GGMLQuantizationType.F32 and t.abs().max() > 65504:
             raise UserError(f"gguf: {name} has values too large for float16: write gguf:f32")
-        return gguf.quants.quantize(t.detach().float().cpu().numpy(), ggml_type)
+        else:
+            rows = gguf.quants.quantize(t.detach().float().cpu().numpy(), ggml_type)
+        arrays.append(interleaved(rows, heads) if heads else rows)
+    return np.ascontiguousarray(np.concatenate(arrays) if len(arrays) > 1 else arrays[0])
 
-    def array(name, pieces, ggml_type):
-        rows = [encoded(name, t, ggml_type) for t, _ in pieces]
-        rows = [interleaved(r, heads) if heads else r for r, (_, heads) in zip(rows, pieces)]
-        return np.ascontiguousarray(np.concatenate(rows) if len(rows) > 1 else rows[0])
 
-    tensors = []
-    for name, pieces in parts.items():
-        ggml_type, *others = {type_of(name, t) for t, _ in pieces}
+def rope_factors(c):
+    """{name: factors (R/2,)} that llama.cpp divides the rotary frequencies of a Config by."""
+    if c.rope["rope_type"] == "llama3":
+        plain = dataclasses.replace(c, rope={**c.rope, "rope_type": "default"})
+        return {"rope_freqs": plain.frequencies()[0] / c.frequencies()[0]}
+    if c.rope["rope_type"] == "longrope":
+        return {f"rope_factors_{k}": torch.tensor(c.rope[f"{k}_factor"]) for k in ("long", "short")
+                if f"{k}_factor" in c.rope}
+    return {}
+
+
+def gguf_tensors(model, kind, gguf):
+    """The tensors of a file: [(name, shape, GGML type, function that gives the numpy array), ...].
+
+    Arrays are made one at a time, when written: a second model need not fit in memory.
+    """
+    tensors, types = [], gguf.GGMLQuantizationType
+    for name, pieces in gguf_pieces(model).items():
+        ggml_type, *others = {gguf_type(name, t, kind, types) for t, _ in pieces}
         if others:
             raise UserError(f"gguf: {name} joins layers of different types; put the step dequantize before gguf")
-        shape = (sum(shape_of(t)[0] for t, _ in pieces), *shape_of(pieces[0][0])[1:])
-        tensors.append((name, shape, ggml_type, lambda a=(name, pieces, ggml_type): array(*a)))
-    factors = {}
-    if c.rope["rope_type"] == "llama3":                         # what llama.cpp divides the plain frequencies by
-        plain = dataclasses.replace(c, rope={**c.rope, "rope_type": "default"})
-        factors["rope_freqs"] = plain.frequencies()[0] / c.frequencies()[0]
-    if c.rope["rope_type"] == "longrope":
-        factors = {f"rope_factors_{k}": torch.tensor(c.rope[f"{k}_factor"]) for k in ("long", "short")
-                   if f"{k}_factor" in c.rope}
-    return tensors + [(f"{name}.weight", tuple(f.shape), T.F32, lambda f=f: f.numpy().astype(np.float32))
-                      for name, f in factors.items()]
+        shapes = [(t.out_features, t.in_features) if is_quantized(t) else tuple(t.shape) for t, _ in pieces]
+        shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+        tensors.append((name, shape, ggml_type, functools.partial(encoded, name, pieces, ggml_type, gguf)))
+    for name, factors in rope_factors(model.config).items():
+        array = factors.numpy().astype(np.float32)
+        tensors.append((f"{name}.weight", array.shape, types.F32, functools.partial(np.asarray, array)))
+    return tensors
 
 
 def interleaved(rows, heads):
-    """Rows (heads * D, ...) of a query or key projection in the order of llama.cpp's "llama" architecture.
+    """Rows (heads * D, ...) of a query or key projection in the order of the "llama" architecture.
 
-    The Hub's rotary positions turn channels (i, i + D/2) of a head, that architecture's (2i, 2i + 1). Works on encoded
-    rows as on plain ones: a block never spans two rows.
+    The Hub's rotary positions turn channels (i, i + D/2) of a head, llama.cpp's (2i, 2i + 1).
+    Encoded rows are reordered as plain ones are: a block never spans two rows.
     """
+    # (heads * D, ...) -> (heads, 2, D/2, ...) -> (heads, D/2, 2, ...) -> (heads * D, ...)
     return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def write_gguf(model, tokenizer, kind, path, name="model"):
     """Writes a model and its tokenizer as one GGUF file for llama.cpp, atomically.
 
-    kind  f32, f16, q8_0 or q4_0: how matrices are stored. Vectors (norms, biases) stay f32; a matrix whose rows do not
-          divide into blocks of 32 stays f16 and is named on standard output. Quantized layers keep their integers and
-          scales, and those in the blocks must be of this kind
-    Raises UserError for what GGUF or llama.cpp cannot express, and if the gguf package is missing.
+    kind  f32, f16, q8_0 or q4_0: the type of matrices. Vectors (norms, biases) stay f32; a matrix
+          whose rows do not divide into blocks of 32 stays f16 and is named on standard output.
+          Quantized layers keep integers and scales, and must be of this kind in the blocks
+    Raises UserError for a model that llama.cpp cannot express, and without the gguf package.
     """
     gguf, config = import_gguf(), model.config
-    missing = unsupported_by_llama_cpp(config)
-    if missing:
+    if missing := unsupported_by_llama_cpp(config):
         raise UserError(f"gguf: llama.cpp's {gguf_architecture(config)} has no {missing}")
     if mismatch := gguf_mismatch(model, kind):
         raise UserError(mismatch)

@@ -1,4 +1,4 @@
-"""Files and directories that survive a kill or a full disk, and that never replace what others wrote."""
+"""Files and directories that survive a kill or a full disk and never replace a stranger's files."""
 import collections, contextlib, errno, hashlib, json, os, re, shutil
 from pathlib import Path
 
@@ -6,9 +6,8 @@ from safetensors import SafetensorError
 
 from data import UserError
 
-
-# A kind of directory that this project writes. names: of all its files; marker: the one that is written last; key: what
-# this JSON file has only if this project wrote it.
+# A kind of directory that this project writes. names: of all files; marker: the JSON file that is
+# written last; key: a key of the marker that proves that this project wrote it.
 Kind = collections.namedtuple("Kind", "noun marker key names")
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 MODEL = Kind("model", "config.json", "slm_format", {
@@ -24,26 +23,24 @@ EVERYTHING = MODEL.names | DATASET.names | LABELS.names | RUN | REPORT | {"chain
 
 
 def named(path):
-    """The path itself, with a name to write beside: "." and links have one of their own."""
+    """The path with a last part, for `beside`: links, "." and ".." are resolved."""
     path = Path(path)
     return Path(os.path.realpath(path)) if path.is_symlink() or not path.name or path.name == ".." else path
 
 
 def beside(path, ending):
-    """.NAME.ending beside a path, where something is made or waits to be deleted. People's own copies, such as
-    NAME.old, have other names."""
+    """.NAME.ending beside a path, for unfinished or old files. A user's copy would be NAME.old."""
     path = named(path)
     return path.with_name(f".{path.name}.{ending}")
 
 
 def is_ours(name, names):
-    """Whether a file's name is one of `names`, or of the new one that takes the place of such a file."""
+    """Whether a file's name is one of `names`, or `beside` such a name with the ending "new"."""
     return name in names or name.startswith(".") and name.endswith(".new") and name[1:-4] in names
 
 
 def remove_tree(directory, flag="--out"):
-    """Deletes a directory and all in it. Raises UserError, and deletes nothing, if a file in it has a name that this
-    project does not write."""
+    """Deletes a directory. Raises UserError, and deletes nothing, if it holds a stranger's file."""
     for folder, _, files in os.walk(directory):
         for name in sorted(files):
             if not is_ours(name, EVERYTHING):
@@ -54,8 +51,7 @@ def remove_tree(directory, flag="--out"):
 
 
 def refuse_foreign(directory, kind, flag="--out"):
-    """Raises UserError if a directory, or what a kill left beside it, holds anything that this project did not write:
-    to replace it would delete that."""
+    """Raises UserError if a directory, or a leftover beside it, holds a stranger's file."""
     directory = named(directory)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{flag} {directory} is a file; a {kind.noun} is a directory: give another name")
@@ -70,7 +66,7 @@ def refuse_foreign(directory, kind, flag="--out"):
 
 
 def marker_of(directory, kind):
-    """The content of a directory's marker, a dict; {} if it is not there or not JSON."""
+    """The content of a directory's marker, a dict; {} without a marker, or if it is not JSON."""
     try:
         content = json.loads((directory / kind.marker).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -80,11 +76,11 @@ def marker_of(directory, kind):
 
 @contextlib.contextmanager
 def replacing(directory, kind):
-    """Write a directory so that a kill at any moment leaves a whole one: fill the yielded new one, its marker last,
-    then swap names.
+    """Replaces a directory atomically: the caller fills the yielded new one, the marker last.
 
-    After a kill the first whole one of DIR, .DIR.new and .DIR.old is the latest; `settle` renames it to DIR. On an
-    exception DIR is untouched and what was new is removed. Raises UserError as refuse_foreign does.
+    After a kill at any moment the first complete one of DIR, .DIR.new and .DIR.old is the latest;
+    `settle` renames it to DIR. After an exception DIR is unchanged and the new directory is
+    removed. Raises UserError as refuse_foreign does.
     """
     refuse_foreign(directory, kind)
     directory = settle(directory, kind)
@@ -101,13 +97,13 @@ def replacing(directory, kind):
 
 
 def swap(new, directory):
-    """Puts a whole new directory in the place of another. What was there is kept until the new one is in its place."""
+    """Renames a complete new directory to `directory`. The old one is deleted after that."""
     old = beside(directory, "old")
     if directory.exists():
         shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
     new.rename(directory)
-    with contextlib.suppress(OSError):                       # the renames too are on disk, where a directory can be
+    with contextlib.suppress(OSError):                       # the renames are on disk, too; not on Windows
         parent = os.open(directory.parent, os.O_RDONLY)
         os.fsync(parent)
         os.close(parent)
@@ -115,7 +111,7 @@ def swap(new, directory):
 
 
 def settle(directory, kind):
-    """The path of a directory, after finishing or undoing what a kill in `replacing` left."""
+    """Finishes or undoes a killed `replacing` or `resumable`. Returns the directory's path."""
     directory = named(directory)
     for ending in ("new", "part", "old"):
         other = beside(directory, ending)
@@ -125,14 +121,16 @@ def settle(directory, kind):
         for ending in ("new", "old"):
             shutil.rmtree(beside(directory, ending), ignore_errors=True)
         for name in kind.names & {"progress.json", "--input.rows", "--val.rows"}:
-            (directory / name).unlink(missing_ok=True)       # of a .part that was whole
+            (directory / name).unlink(missing_ok=True)       # of a complete .part
     return directory
 
 
 @contextlib.contextmanager
 def replacing_file(path):
-    """Write a file so that a kill or a full disk at any moment leaves what was there: fill the yielded new one, which
-    then takes its place. On an exception it is removed."""
+    """Replaces a file atomically: the caller writes the yielded path, which is then renamed.
+
+    A kill or a full disk leaves the old file; after an exception the new one is removed.
+    """
     path = named(path)
     new = beside(path, "new")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,12 +145,15 @@ def replacing_file(path):
 
 @contextlib.contextmanager
 def resumable(directory, kind, made_from):
-    """Yield (.DIR.part, its progress.json as a dict): there already if a kill, Ctrl-C or a full disk left it half done.
-    At the end it takes the place of DIR.
+    """Yields (.DIR.part, content of progress.json) for work that may be interrupted.
 
-    made_from   an iterable of all that the result depends on: what was begun from anything else is removed
-    Work counts as worth going on with once the caller has added to progress.json. After an error that the same command
-    would meet again it is removed. Raises UserError as refuse_foreign does.
+    At the end .DIR.part is renamed to DIR. The same command continues with the .DIR.part of an
+    interrupted one, once the caller has added a key to progress.json. Other errors remove
+    .DIR.part, as the same command would fail again.
+
+    made_from   everything that the result depends on; a .DIR.part made from others is removed
+
+    Raises UserError as refuse_foreign does.
     """
     refuse_foreign(directory, kind)
     directory = settle(directory, kind)
@@ -183,19 +184,20 @@ def resumable(directory, kind, made_from):
 
 
 def write_json(path, content):
+    """Writes a JSON file atomically."""
     with replacing_file(path) as new:
         new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def sync(path):
-    """Returns when a file is on disk."""
+    """Waits until a file is on disk."""
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
 
 
 @contextlib.contextmanager
 def reading(path):
-    """Names the file in an OSError that read() raises: Python names it only in those of open()."""
+    """Adds the file name to an OSError of read(); Python does so for open() only."""
     try:
         yield
     except OSError as error:
@@ -206,7 +208,10 @@ def reading(path):
 
 @contextlib.contextmanager
 def disk_full(directory, wanted):
-    """Turns what safetensors and torch.save raise where a file cannot be written into the OSError that it is."""
+    """Turns a failed write's exception in safetensors or torch.save into the OSError behind it.
+
+    wanted: bytes to write; the disk is full if it has less
+    """
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
@@ -218,12 +223,12 @@ def disk_full(directory, wanted):
 
 
 def read_json(path):
-    """A file's JSON object as a dict. Raises UserError."""
+    """The JSON object in a file, a dict. Raises UserError."""
     try:
         with reading(path):
             value = json.loads(Path(path).read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode("utf-8")        # half a surrogate pair can be read, not written
-    except (ValueError, OSError, RecursionError) as error:           # RecursionError: lists in lists without end
+        json.dumps(value, ensure_ascii=False).encode("utf-8")        # half a surrogate pair is read, but not written
+    except (ValueError, OSError, RecursionError) as error:           # RecursionError: deeply nested lists
         raise UserError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")

@@ -1,6 +1,8 @@
-"""config.json and tensor names of the Hub's model families: to those of model.py, and back.
+"""
+config.json and tensor names of the Hub's model families: translated to model.py's, and back.
 
-One row of FAMILIES is a family: its switches, its names, and how its tensors are fused or transposed.
+A row of FAMILIES is a family: the switches of Config, the names of fields, and how tensors are
+fused or transposed.
 """
 import dataclasses, math
 from pathlib import Path
@@ -12,16 +14,17 @@ from data.files import read_json
 from data.values import check_values
 
 COMPRESSED = "slm-compressed"               # model_type of a directory that only this project opens
-FORMAT = 1                                  # of what we add to config.json; a newer one is refused by name
+FORMAT = 1                                  # version of our additions to config.json; a newer one is refused by name
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "num_key_value_heads", "head_dim", "max_position_embeddings")
+COPIED = (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act")      # the same value in Config and config.json
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-SCALED = {"default": (), "linear": ("factor",),                # kinds of rotary positions, and what each needs to know
+SCALED = {"default": (), "linear": ("factor",),                # kinds of rotary positions: the fields that each needs
           "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
           "longrope": ("factor", "short_factor", "original_max_position_embeddings")}
 WINDOWS = ("full_attention", "sliding_attention")
-# What Config and its `rope` may hold: a type, and of numbers the smallest and the largest (see check_values). They come
-# from files: a size that no model has must not take all memory, or begin a loop.
+# Fields of Config and of Config.rope: a type, and for numbers the smallest and the largest value.
+# They come from files: a size that no model has must not fill the memory or begin a long loop.
 FIELDS = {**dict.fromkeys(SIZES, (int, 1, 2 ** 24)), "num_hidden_layers": (int, 1, 10_000),
           **dict.fromkeys(("tie_word_embeddings", "qk_norm", "qkv_bias", "o_bias", "mlp_bias", "gated", "layer_norm",
                            "learned_positions"), (bool,)),
@@ -34,7 +37,7 @@ LARGEST = 2 ** 31                           # elements of a tensor: Llama 3.1 40
 
 
 def check_config(config, activations):
-    """Raises UserError for a Config whose fields have a wrong type or size, or do not fit together."""
+    """Raises UserError for fields of wrong types or sizes, or that contradict each other."""
     check_values(vars(config), FIELDS, "the model's shape")
     check_values(config.rope, ROPE_FIELDS, "rotary positions", needed=ROPE)
     if config.num_attention_heads % config.num_key_value_heads:
@@ -44,25 +47,14 @@ def check_config(config, activations):
                                ("rope_type", config.rope["rope_type"], SCALED)):
         if value not in known:
             raise UserError(f"{name} {value!r} is not supported; supported: {', '.join(known)}")
-    kind, turned = config.rope["rope_type"], int(config.head_dim * config.rope["partial_rotary_factor"])
-    if turned % 2 or not turned:
-        raise UserError(f"head_dim ({config.head_dim}) must be even: rotary positions turn pairs of channels")
-    check_values(config.rope, ROPE_FIELDS, f"rope_type {kind!r}", needed=SCALED[kind])
-    if kind == "llama3" and config.rope["low_freq_factor"] >= config.rope["high_freq_factor"]:
-        raise UserError(f"low_freq_factor ({config.rope['low_freq_factor']}) must be below high_freq_factor "
-                        f"({config.rope['high_freq_factor']})")
-    for name in {"short_factor", "long_factor"} & config.rope.keys() if kind == "longrope" else ():
-        if len(config.rope[name]) != turned // 2:
-            raise UserError(f"{name} has {len(config.rope[name])} numbers; {turned} rotary channels need "
-                            f"{turned // 2}")
+    check_rope(config.rope, config.head_dim)
     if config.layer_types is not None:
         check_values(vars(config), {"layer_types": ([str],)}, "the model's shape")
         if len(config.layer_types) < config.num_hidden_layers or set(config.layer_types) - set(WINDOWS):
             raise UserError(f"layer_types must name one of {', '.join(WINDOWS)} for each of "
                             f"{config.num_hidden_layers} layers")
-    heads = config.num_attention_heads * config.head_dim
     rows = {"vocab_size": config.vocab_size, "intermediate_size": config.intermediate_size,
-            "num_attention_heads * head_dim": heads}
+            "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim}
     if config.learned_positions:
         rows["max_position_embeddings"] = config.max_position_embeddings
     for name, n in rows.items():
@@ -71,19 +63,34 @@ def check_config(config, activations):
                             "numbers that a tensor may have: make one of them smaller")
 
 
-def stretched(f, rope):
-    """Rotary frequencies f (R/2,), changed for windows longer than those of training, and a factor for cos and sin.
+def check_rope(rope, head_dim):
+    """Raises UserError for fields of Config.rope that are missing or contradictory."""
+    kind, rotary = rope["rope_type"], int(head_dim * rope["partial_rotary_factor"])
+    if rotary % 2 or not rotary:
+        raise UserError(f"head_dim ({head_dim}) must be even: rotary positions turn pairs of channels")
+    check_values(rope, ROPE_FIELDS, f"rope_type {kind!r}", needed=SCALED[kind])
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError(f"low_freq_factor ({rope['low_freq_factor']}) must be below high_freq_factor "
+                        f"({rope['high_freq_factor']})")
+    for name in {"short_factor", "long_factor"} & rope.keys() if kind == "longrope" else ():
+        if len(rope[name]) != rotary // 2:
+            raise UserError(f"{name} has {len(rope[name])} numbers; {rotary} rotary channels need {rotary // 2}")
 
-    rope: Config.rope; kinds: linear (Chen et al., 2023), llama3 (Dubey et al., 2024), longrope (Ding et al., 2024).
+
+def scaled_frequencies(f, rope):
+    """(rotary frequencies (R/2,), a factor for cos and sin) for windows longer than the first ones.
+
+    f (R/2,): the frequencies of the first training; rope: Config.rope, of kind linear (Chen et al.,
+    2023), llama3 (Dubey et al., 2024) or longrope (Ding et al., 2024).
     """
     if rope["rope_type"] == "linear":
         return f / rope["factor"], 1.0
-    if rope["rope_type"] == "llama3":                # slow turns are stretched, fast ones kept, those between blended
+    if rope["rope_type"] == "llama3":         # slow rotations are stretched, fast ones stay, those between are blended
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)      # in the window of the first training
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return f * (keep + (1 - keep) / rope["factor"]), 1.0
-    if rope["rope_type"] == "longrope":              # the short factors only: our window ends where they do
+    if rope["rope_type"] == "longrope":       # the short factors only: our window ends where the long ones begin
         stretch, scale = rope["factor"], rope.get("attention_factor")
         if scale is None:
             scale = math.sqrt(1 + math.log(max(1, stretch)) / math.log(rope["original_max_position_embeddings"]))
@@ -93,36 +100,42 @@ def stretched(f, rope):
 
 @dataclasses.dataclass
 class Family:
+    """A model family of the Hub, as transformers implements it."""
     architecture: str
-    switches: callable                       # config.json (under our names) -> fields of Config
-    renamed: dict = dataclasses.field(default_factory=dict)         # our name of a config field -> theirs
-    unnamed: tuple = ()                      # config fields that follow from others there
-    defaults: dict = dataclasses.field(default_factory=dict)        # what transformers takes where a field is absent
-    rope_types: tuple = ("default", "linear", "llama3", "longrope")           # () for positions that are learned
-    partial: bool = False                    # whether transformers turns only a part of each head's channels
-    tensors: tuple = ()                      # (their module, our modules that are fused in it, stored transposed?)
-    prefixes: tuple = ()                     # (ours, theirs) for the other tensors
+    switches: callable                       # config.json (under Config's names) -> fields of Config
+    renamed: dict = dataclasses.field(default_factory=dict)         # Config's name of a field -> the family's
+    unnamed: tuple = ()                      # fields of Config that the family derives from others
+    defaults: dict = dataclasses.field(default_factory=dict)        # transformers' values of absent fields
+    rope_types: tuple = ("default", "linear", "llama3", "longrope")           # () for learned positions
+    partial: bool = False                    # whether transformers rotates only a part of each head's channels
+    tensors: tuple = ()                      # (the family's module, model.py's modules fused in it, transposed?)
+    prefixes: tuple = ()                     # (model.py's, the family's) for the other tensors
 
 
 def llama(h):
+    """Switches of Llama. h: config.json."""
     bias = h.get("attention_bias", False)
     return dict(qk_norm=False, qkv_bias=bias, o_bias=bias, mlp_bias=h.get("mlp_bias", False))
 
 
-def mistral(h):
+def sliding(h):
+    """Switches of Mistral and Phi-3: every layer has the window. h: config.json."""
     return dict(qk_norm=False, sliding_window=h.get("sliding_window", 0))
 
 
 def qwen2(h):
+    """Switches of Qwen2. h: config.json."""
     return dict(qk_norm=False, qkv_bias=True, **qwen_window(h))
 
 
 def qwen3(h):
+    """Switches of Qwen3. h: config.json."""
     bias = h.get("attention_bias", False)
     return dict(qkv_bias=bias, o_bias=bias, **qwen_window(h))
 
 
 def qwen_window(h):
+    """Switches of Qwen's sliding window, which only later layers have. h: config.json."""
     if not h.get("use_sliding_window"):               # a window may be written, and off
         return {}
     slides = [i >= h.get("max_window_layers", 28) for i in range(h["num_hidden_layers"])]
@@ -130,11 +143,8 @@ def qwen_window(h):
                 layer_types=h.get("layer_types") or [WINDOWS[slide] for slide in slides])
 
 
-def phi3(h):
-    return dict(qk_norm=False, sliding_window=h.get("sliding_window", 0))
-
-
 def gpt2(h):
+    """Switches of GPT-2. h: config.json. Raises UserError for an unknown scale of attention."""
     for name, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
         if h.get(name, usual) != usual:
             raise UserError(f"GPT-2 with {name} = {h[name]} is not supported")
@@ -148,9 +158,9 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", qwen3, defaults=dict(QWEN, head_dim=128)),
     "qwen2": Family("Qwen2ForCausalLM", qwen2, defaults=QWEN),
     "llama": Family("LlamaForCausalLM", llama, defaults=dict(max_position_embeddings=2048, intermediate_size=11008)),
-    "mistral": Family("MistralForCausalLM", mistral, defaults=dict(
+    "mistral": Family("MistralForCausalLM", sliding, defaults=dict(
         max_position_embeddings=131072, intermediate_size=14336, num_key_value_heads=8, sliding_window=4096)),
-    "phi3": Family("Phi3ForCausalLM", phi3, rope_types=("default", "longrope"), partial=True, defaults=dict(
+    "phi3": Family("Phi3ForCausalLM", sliding, rope_types=("default", "longrope"), partial=True, defaults=dict(
         max_position_embeddings=4096, original_max_position_embeddings=4096, intermediate_size=8192,
         rms_norm_eps=1e-5), tensors=(
         ("self_attn.qkv_proj", QKV, False), ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), False))),
@@ -166,7 +176,7 @@ FAMILIES = {
                   ("post_attention_layernorm.", "ln_2."), ("model.embed_tokens.", "transformer.wte."),
                   ("model.embed_positions.", "transformer.wpe."), ("model.norm.", "transformer.ln_f."))),
 }
-# Other fields of config.json that are read; null is as good as absent.
+# Other fields of config.json that are read; null means absent.
 HUB_FIELDS = {"slm_format": (int, 0, 2 ** 31), **dict.fromkeys(("model_type", "base_model_type"), (str,)),
               **dict.fromkeys(("switches", "rope_scaling", "rope_parameters"), (dict,)),
               "compression": (list,), "history": ([dict],), "exits": ([int], 1, 10_000),
@@ -178,7 +188,7 @@ ENTRY = {**dict.fromkeys(("step", "data", "data_sha256", "tokenizer"), (str,)), 
 
 
 def read_config(directory):
-    """config.json as a dict whose fields have the types and sizes that the scripts rely on. Raises UserError."""
+    """config.json as a dict, with fields of checked types and sizes. Raises UserError."""
     path = Path(directory) / "config.json"
     hub = read_json(path)
     family = FAMILIES.get(str(hub.get("base_model_type") or hub.get("model_type")))
@@ -201,11 +211,29 @@ def read_config(directory):
 
 
 def config_from_hub(hub, config_class):
-    """The fields of config_class (Config) by a parsed config.json, as a dict.
+    """The fields of config_class (Config) for a parsed config.json, as a dict.
 
-    Raises UserError for a family or a setting that this code does not have.
+    Raises UserError for a family or a setting that model.py does not have.
     """
-    switches = hub.get("switches") or {}              # what the family's format cannot say: see config_to_hub
+    switches = hub.get("switches") or {}              # fields without a word in the family's format: see config_to_hub
+    if hub.get("model_type") == COMPRESSED:
+        hub = {**hub, "model_type": hub.get("base_model_type")}
+    hub = {k: v for k, v in hub.items() if k not in ("base_model_type", "compression", "switches")}
+    family = family_of(hub, switches, config_class)
+    values = renamed_values(hub, family)
+    fields = dict(num_key_value_heads=values["num_attention_heads"], intermediate_size=4 * values["hidden_size"],
+                  head_dim=values["hidden_size"] // values["num_attention_heads"],
+                  max_position_embeddings=family.defaults["max_position_embeddings"])
+    fields.update({k: values[k] for k in COPIED if k in values})
+    rope = dict(ROPE) if "rope" in switches else rope_from_hub(values, family, fields["max_position_embeddings"])
+    if rope["rope_type"] == "longrope":               # the long factors begin behind the first window: we end there
+        fields["max_position_embeddings"] = min(fields["max_position_embeddings"],
+                                                rope["original_max_position_embeddings"])
+    return {**fields, **family.switches(values), "model_type": hub["model_type"], "rope": rope, **switches, "hub": hub}
+
+
+def family_of(hub, switches, config_class):
+    """The Family of a parsed config.json. Raises UserError if this model.py cannot open it."""
     unknown = sorted(switches.keys() - ({f.name for f in dataclasses.fields(config_class)} - {"hub", "model_type"}))
     if unknown:
         raise UserError(f"config.json sets {', '.join(unknown)}, which Config in this model.py does not have: the "
@@ -213,55 +241,46 @@ def config_from_hub(hub, config_class):
     if hub.get("slm_format", FORMAT) > FORMAT:
         raise UserError(f"this model was written by a newer version (format {hub['slm_format']}, known: {FORMAT}); "
                         "update this code")
-    if hub.get("model_type") == COMPRESSED:
-        hub = {**hub, "model_type": hub.get("base_model_type")}
-    hub = {k: v for k, v in hub.items() if k not in ("base_model_type", "compression", "switches")}
     name, supported = hub.get("model_type"), f"supported: {', '.join(FAMILIES)}"
-    if "auto_map" in hub and name != "phi3":          # Phi-3's directories carry a copy of what transformers has
+    if "auto_map" in hub and name != "phi3":          # Phi-3's directories carry a copy of the code in transformers
         raise UserError(f"the model brings its own code (auto_map in config.json), never run here; {supported}")
     if name not in FAMILIES:
         raise UserError(f"model_type {name!r} is not supported; {supported}")
-    family = FAMILIES[name]
-    ours = {theirs: k for k, theirs in family.renamed.items()}
-    found = {ours.get(k, k): v for k, v in hub.items()}
-    absent = {k: v for k, v in family.defaults.items() if k not in found}
-    found = {**absent, **{k: v for k, v in found.items() if v is not None}}
-    missing = [family.renamed.get(k, k) for k in SIZES[:4] if k not in found]
+    return FAMILIES[name]
+
+
+def renamed_values(hub, family):
+    """The values of a parsed config.json under Config's names. Raises UserError for a missing size.
+
+    An absent field has the family's default, a field that is null has none.
+    """
+    names = {hub_name: k for k, hub_name in family.renamed.items()}
+    values = {**family.defaults, **{names.get(k, k): v for k, v in hub.items()}}
+    values = {k: v for k, v in values.items() if v is not None}
+    missing = [family.renamed.get(k, k) for k in SIZES[:4] if k not in values]
     if missing:
         raise UserError(f"config.json lacks {', '.join(missing)}")
-    usual = dict(num_key_value_heads=found["num_attention_heads"], intermediate_size=4 * found["hidden_size"],
-                 head_dim=found["hidden_size"] // found["num_attention_heads"],
-                 max_position_embeddings=family.defaults["max_position_embeddings"])
-    fields = {**usual, **{k: found[k] for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act")
-                          if k in found}}
-    rope = dict(ROPE) if "rope" in switches else rope_from_hub(found, family, fields["max_position_embeddings"])
-    if rope["rope_type"] == "longrope":               # its long factors begin behind the first window: we end there
-        fields["max_position_embeddings"] = min(fields["max_position_embeddings"],
-                                                rope["original_max_position_embeddings"])
-    return {**fields, **family.switches(found), "model_type": name, "rope": rope, **switches, "hub": hub}
+    return values
 
 
-def rope_from_hub(found, family, window):
-    """Config's `rope` of a config.json under our names, as transformers 5 reads it. Raises UserError for what the
-    family's model there does not have: it is ignored, or computed in another way."""
+def rope_from_hub(values, family, window):
+    """Config.rope for the values of a config.json, as transformers 5 reads them.
+
+    window: positions. Raises UserError for a setting that transformers ignores for the family, or
+    computes in another way.
+    """
     if not family.rope_types:
         return dict(ROPE)
-    rope = found.get("rope_scaling") or found.get("rope_parameters") or {}                # transformers 4 and 5
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}              # transformers 4 and 5
     rope = {k: v for k, v in rope.items() if v is not None}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    kind = "longrope" if family.partial and kind in ("su", "yarn") else kind              # Phi-3's old names
-    rope = {**ROPE, **{k: found[k] for k in ("rope_theta", "partial_rotary_factor") if k in found}, **rope,
+    if family.partial and kind in ("su", "yarn"):                                         # Phi-3's old names
+        kind = "longrope"
+    rope = {**ROPE, **{k: values[k] for k in ("rope_theta", "partial_rotary_factor") if k in values}, **rope,
             "rope_type": kind}
-    if kind not in family.rope_types:
-        raise UserError(f"rope_type {kind!r} is not supported in {family.architecture}; supported: "
-                        f"{', '.join(family.rope_types)}")
-    nested = [k for k, v in rope.items() if isinstance(v, dict)]
-    if nested or rope["partial_rotary_factor"] != 1 and not family.partial:
-        name = (nested or ["partial_rotary_factor"])[0]
-        raise UserError(f"{family.architecture} has no rotary positions with {name}; take it out of config.json if the "
-                        "model was trained without it")
+    refuse_rope(rope, family)
     if kind in ("llama3", "longrope"):
-        first = found if "original_max_position_embeddings" in family.defaults else rope
+        first = values if "original_max_position_embeddings" in family.defaults else rope
         rope["original_max_position_embeddings"] = first.get("original_max_position_embeddings", window)
     if kind == "longrope":
         check_values(rope, ROPE_FIELDS, "config.json")
@@ -269,9 +288,25 @@ def rope_from_hub(found, family, window):
     return rope
 
 
+def refuse_rope(rope, family):
+    """Raises UserError for rotary positions that the family does not have in transformers."""
+    if rope["rope_type"] not in family.rope_types:
+        raise UserError(f"rope_type {rope['rope_type']!r} is not supported in {family.architecture}; supported: "
+                        f"{', '.join(family.rope_types)}")
+    foreign = [k for k, v in rope.items() if isinstance(v, dict)]
+    if rope["partial_rotary_factor"] != 1 and not family.partial:
+        foreign.append("partial_rotary_factor")
+    if foreign:
+        raise UserError(f"{family.architecture} has no rotary positions with {foreign[0]}; take it out of config.json "
+                        "if the model was trained without it")
+
+
 def config_to_hub(config):
-    """config.json as a dict: what was read, with today's shapes. Fields of Config that would come back as another
-    value, as the family's format has no word for them, stand as they are under "switches"."""
+    """config.json as a dict: the one that was read, with the present shapes.
+
+    Fields of Config that the family's format cannot express, and that would therefore come back
+    with another value, stand unchanged under "switches".
+    """
     hub = family_config(config)
     read = type(config)(**config_from_hub(hub, type(config)))
     switches = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
@@ -280,56 +315,63 @@ def config_to_hub(config):
 
 
 def family_config(config):
-    """config.json as a dict, in the family's own words."""
-    family = FAMILIES[config.model_type]
-    skip = (*family.unnamed, *(["max_position_embeddings"] if config.rope["rope_type"] == "longrope" else []))
-    fields = {family.renamed.get(k, k): getattr(config, k)
-              for k in (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act") if k not in skip}
-    rope = config.rope if (config.rope["rope_type"] in family.rope_types
-                           and (family.partial or config.rope["partial_rotary_factor"] == 1)) else ROPE
+    """config.json as a dict, under the family's names."""
+    family, kind = FAMILIES[config.model_type], config.rope["rope_type"]
+    skipped = {*family.unnamed, *(["max_position_embeddings"] if kind == "longrope" else [])}
+    fields = {family.renamed.get(k, k): getattr(config, k) for k in COPIED if k not in skipped}
+    expressible = kind in family.rope_types and (family.partial or config.rope["partial_rotary_factor"] == 1)
+    rope = config.rope if expressible else ROPE
     new = dict(rope_parameters=rope, rope_theta=rope["rope_theta"], attention_bias=False, use_cache=True)
     if config.model_type == "mistral":                # absent, it would be 4,096
         new["sliding_window"] = config.sliding_window or None
-    kept = {k: v for k, v in config.hub.items() if k not in ("auto_map", "torch_dtype", "exits", "card", "sampling")}
-    kept = kept or new
-    return {"architectures": [family.architecture], "model_type": config.model_type, **kept, **fields,
+    others = {k: v for k, v in config.hub.items() if k not in ("auto_map", "torch_dtype", "exits", "card", "sampling")}
+    return {"architectures": [family.architecture], "model_type": config.model_type, **(others or new), **fields,
             "slm_format": FORMAT}
 
 
-def to_ours(tensors, model_type, ours):
-    """Tensors under a family's names to our names: fused ones are split, transposed ones turned back.
+def tensors_from_hub(tensors, model_type, model_tensors):
+    """Tensors under model.py's names: fused ones are split, transposed ones turned back.
 
-    ours: tensors of the model under our names, for their shapes
+    tensors: {the family's name: tensor}; model_tensors: the model's own, for the shapes
     """
-    family, shapes = FAMILIES[model_type], {name: t.shape for name, t in ours.items()}
+    family, shapes = FAMILIES[model_type], {name: t.shape for name, t in model_tensors.items()}
     result = {}
     for name, t in tensors.items():
         if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
-            continue                                  # buffers that old checkpoints hold; not weights
+            continue                                  # buffers in old checkpoints, not weights
         if family.prefixes and not name.startswith(("transformer.", "lm_head.")):
-            name = "transformer." + name              # the first GPT-2 checkpoints leave it out
-        for ours, theirs in family.prefixes:
-            name = name.replace(theirs, ours)
-        module, _, kind = name.rpartition(".")        # kind: weight or bias
-        theirs, ours, transposed = next((f for f in family.tensors if module.endswith("." + f[0])), (module, (), False))
-        names = [module.removesuffix(theirs) + o + "." + kind for o in ours] or [name]
-        t = t.t().contiguous() if transposed and t.ndim == 2 else t
+            name = "transformer." + name              # the first GPT-2 checkpoints lack this prefix
+        for model_prefix, hub_prefix in family.prefixes:
+            name = name.replace(hub_prefix, model_prefix)
+        names, transposed = parts_of(name, family)
+        t = t.t().contiguous() if transposed and t.ndim == 2 else t                   # (in, out) -> (out, in)
         rows = [shapes[n][0] if n in shapes else 0 for n in names]
-        whole_one = len(names) == 1 or sum(rows) != len(t)          # a wrong sum is reported by name and shape later
-        result.update(zip(names, (t,) if whole_one else t.split(rows)))
+        if len(names) == 1 or sum(rows) != len(t):    # a wrong sum is reported by name and shape later
+            result[names[0]] = t
+        else:
+            result.update(zip(names, t.split(rows)))  # (sum of rows, in) -> (rows, in) each
     return result
 
 
-def to_theirs(tensors, model_type):
-    """The inverse of to_ours."""
+def parts_of(name, family):
+    """(model.py's names of the tensors fused in the family's `name`, whether it is transposed)."""
+    module, _, kind = name.rpartition(".")            # kind: weight or bias
+    for hub_module, parts, transposed in family.tensors:
+        if module.endswith("." + hub_module):
+            return [module.removesuffix(hub_module) + part + "." + kind for part in parts], transposed
+    return [name], False
+
+
+def tensors_to_hub(tensors, model_type):
+    """Tensors under the family's names: the inverse of tensors_from_hub."""
     family = FAMILIES[model_type]
     result = dict(tensors)
-    for theirs, ours, transposed in family.tensors:
-        for name in [n for n in result if n.rpartition(".")[0].endswith("." + ours[0])]:
+    for hub_module, parts, transposed in family.tensors:
+        for name in [n for n in result if n.rpartition(".")[0].endswith("." + parts[0])]:
             module, _, kind = name.rpartition(".")
-            base = module.removesuffix(ours[0])
-            t = torch.cat([result.pop(base + o + "." + kind) for o in ours])
-            result[base + theirs + "." + kind] = t.t().contiguous() if transposed and t.ndim == 2 else t
-    for ours, theirs in family.prefixes:
-        result = {name.replace(ours, theirs): t for name, t in result.items()}
+            base = module.removesuffix(parts[0])
+            t = torch.cat([result.pop(base + part + "." + kind) for part in parts])   # (rows, in) each -> (sum, in)
+            result[base + hub_module + "." + kind] = t.t().contiguous() if transposed and t.ndim == 2 else t
+    for model_prefix, hub_prefix in family.prefixes:
+        result = {name.replace(model_prefix, hub_prefix): t for name, t in result.items()}
     return result

@@ -1,9 +1,10 @@
-"""Batches out of a prepared data directory, memory-mapped: training reads a corpus larger than memory.
+"""Batches from a prepared data directory, memory-mapped: the corpus may be larger than memory.
 
-Row n of a run is a pure function of (seed, n), and step s of batch size B takes rows s * B ... s * B + B - 1. So there
-is nothing to store for resuming, and ranks or accumulation only choose which of a step's rows they read.
+Row n of a run is a pure function of (seed, n), and step s of batch size B takes rows s * B to
+s * B + B - 1. So there is nothing to store for resuming, and ranks or accumulation only choose
+which of a step's rows they read.
 """
-import bisect, json
+import bisect, copy
 from collections import namedtuple
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from data import UserError
+from data.files import read_json
 from data.values import check_values
 
 IGNORE = -100           # target of a position that is not learned: padding, prompts (torch's ignore_index)
@@ -19,21 +21,18 @@ LEARNED, FIRST = 1, 2   # bits of *.mask.bin: this token is learned; this token 
 
 Batch = namedtuple("Batch", "ids targets segments")     # (B, T) int64 each; segments None unless examples are packed
 
-
+# Fields of meta.json that are used: see data/values.py.
 META = {"name": (str,), "kind": (str,), "dtype": (str,), "vocab_size": (int, 1, 2 ** 31), "tokenizer_hash": (str,),
         "sha256": (str,), "splits": (dict,)}
-
-
 SPLITS = dict.fromkeys(("train", "val"), (dict,))
 COUNTS = {"tokens": (int, 0, 2 ** 48)}
 
 
 def read_meta(directory):
-    """meta.json of a prepared directory, a dict. Raises UserError if a field that is used is missing or cannot be."""
+    """meta.json of a prepared directory. Raises UserError for a missing or impossible field."""
     path = Path(directory) / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        check_values({"meta": meta}, {"meta": (dict,)}, path)
+        meta = read_json(path)
         check_values(meta, META, path, needed=META)
         check_values(meta["splits"], SPLITS, f"{path}: splits", needed=SPLITS)
         for split in SPLITS:
@@ -43,15 +42,15 @@ def read_meta(directory):
                 raise UserError(f"{path}: {name} is {meta[name]!r}; it must be one of {', '.join(known)}")
     except UserError as error:
         raise UserError(f"{error}: prepare the data anew") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): prepare the data anew") from None
     return meta
 
 
 def open_split(directory, split):
-    """(meta.json as a dict, the split's tokens, its mask or None), mapped. Raises UserError if the files are not as
-    meta.json says. All ids are looked at once, 0.02 s for 100 million in memory: one that the tokenizer does not have
-    would end a run in the middle."""
+    """(meta.json as a dict, tokens of the split, mask of the split or None), memory-mapped.
+
+    Raises UserError if the files contradict meta.json. All ids are read once (0.02 s for 100
+    million in memory): an id that the tokenizer does not have would end a run in the middle.
+    """
     directory, meta = Path(directory), read_meta(directory)
     count, ids = meta["splits"][split]["tokens"], meta["vocab_size"]
 
@@ -59,8 +58,8 @@ def open_split(directory, split):
         file, wanted = directory / name, count * np.dtype(dtype).itemsize
         size = file.stat().st_size if file.is_file() else None
         if size != wanted:
-            there = "is missing" if size is None else f"has {size:,} bytes"
-            raise UserError(f"{file} {there}, and meta.json says {wanted:,}: the file was cut or replaced; prepare the "
+            state = "is missing" if size is None else f"has {size:,} bytes"
+            raise UserError(f"{file} {state}, and meta.json says {wanted:,}: the file was cut or replaced; prepare the "
                             "data anew")
         return np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
     tokens = mapped(f"{split}.bin", meta["dtype"])
@@ -73,16 +72,24 @@ def open_split(directory, split):
 
 
 class Windows:
-    """One split cut into windows of `context` tokens and the token after each.
+    """Windows of `context` tokens, and the token after each, that cover one split of prepared data.
 
-    Plain text: an epoch is all windows but one, which fit behind a shift; order and shift are new in each epoch, so all
-    tokens are learned about equally often. Prompts and responses: whole examples, as many as fit. One longer than the
-    window is taken in pieces, each read behind half a window of what came before it, as in generation; `long` counts
-    those examples, `unread` those whose prompt alone is longer, so that its beginning is out of sight of the response.
-    Training learns that half again, as it is computed anyway (1.124 against 1.138 bits per byte of MedQuAD after five
-    minutes); evaluation scores each token once.
-    pieces: (n, 3) int64, each (start, fresh, end): tokens start ... end - 1 are read, those from fresh on are new
-    windows: the numbers of the pieces in each
+    Plain text is cut every `context` tokens. Each epoch has a new order, and a shift of all cuts,
+    so all tokens are learned about equally often; the shift costs one window:
+
+        tokens  0 1 2 3 4 5 6 7 8 ...    context 4, shift 1: ids [1 2 3 4] [5 6 7 8] ...
+
+    Prompts and responses: a window holds whole examples, as many as fit. A longer one is read in
+    pieces that overlap by half a window. Training learns the overlap twice, which costs nothing
+    (1.124 against 1.138 bits per byte of MedQuAD); evaluation scores each token once:
+
+        example 0 1 2 3 4 5 6 7 8        context 4: ids [0 1 2 3] [3 4 5 6] [6 7]
+
+    pieces   (n, 3) int64, each (start, fresh, end): tokens start ... end - 1 are read; those before
+             `fresh` are in the piece before, too
+    windows  the numbers of the pieces in each window
+    long     number of examples longer than the window
+    unread   number of prompts longer than the window: the response does not see their beginning
     Raises UserError if the split is shorter than one window.
     """
     def __init__(self, directory, split, context):
@@ -94,24 +101,32 @@ class Windows:
 
     @classmethod
     def of(cls, examples, context):
-        """Windows of examples in memory: a list of (ids, mask), as data/prepare.py encodes them."""
+        """Windows of examples in memory: a list of (ids, mask) as data/prepare.py encodes them."""
         windows = cls.__new__(cls)
         windows._lay_out(*map(np.concatenate, zip(*examples)), context)
         return windows
 
     def _lay_out(self, tokens, mask, context):
         self.tokens, self.mask, self.context, self.long, self.unread = tokens, mask, context, 0, 0
-        length = len(tokens)
+        self._epoch, length = None, len(tokens)
         if mask is not None:
-            self.pieces = self._cut(np.flatnonzero(self.mask & FIRST), length)
+            self.pieces = self._cut(np.flatnonzero(mask & FIRST), length)
             self.windows = packed((self.pieces[:, 2] - self.pieces[:, 0] - 1).tolist(), context)
+            self.per_epoch, self.max_shift = len(self.windows), 0
         else:
             starts = np.arange(0, length - 1, context)
             self.pieces = np.stack((starts, starts, np.minimum(starts + context + 1, length)), 1)
             self.windows = np.arange(len(starts))[:, None]
-        self.per_epoch = len(self.windows) if self.mask is not None else max(1, (length - 1) // context - 1)
-        self.max_shift = 0 if self.mask is not None else length - 1 - self.per_epoch * context
-        self._epoch = None
+            self.per_epoch = max(1, (length - 1) // context - 1)
+            self.max_shift = length - 1 - self.per_epoch * context
+
+    def subset(self, count, seed):
+        """A fixed random subset of `count` windows (at most all), identical in every epoch."""
+        subset = copy.copy(self)
+        chosen = np.sort(np.random.default_rng(seed).permutation(self.per_epoch)[:max(1, count)])
+        subset.windows, subset._epoch = [self.windows[w] for w in chosen], None
+        subset.per_epoch, subset.max_shift = len(chosen), 0
+        return subset
 
     def _cut(self, firsts, length):
         bounds = np.append(firsts, length)
@@ -126,7 +141,7 @@ class Windows:
             fresh = start
             while last - start > self.context + 1:
                 end = start + self.context + 1
-                if end > answer:                             # or nothing of it is learned
+                if end > answer:                             # else nothing in this piece is learned
                     pieces.append((start, fresh, end))
                 start, fresh = end - max(1, self.context // 2), end
             pieces.append((start, fresh, last))
@@ -151,21 +166,29 @@ class Windows:
         return Batch(torch.from_numpy(ids), torch.from_numpy(targets),
                      None if segments is None else torch.from_numpy(segments))
 
+    def window_of(self, seed, n):
+        """(number of the window, shift in tokens) of row n of the shuffled stream of `seed`."""
+        epoch, place = divmod(n, self.per_epoch)
+        if self._epoch is None or self._epoch[0] != (seed, epoch):
+            random = np.random.default_rng((seed, epoch))
+            self._epoch = ((seed, epoch), random.permutation(self.per_epoch), random.integers(self.max_shift + 1))
+        _, order, shift = self._epoch
+        return order[place], shift
+
     def training_rows(self, seed, first, count):
-        """Rows first ... first + count - 1 of the endless, shuffled stream that `seed` names."""
-        windows = []
+        """Rows first ... first + count - 1 of the endless, shuffled stream of `seed`: a Batch."""
+        rows = []
         for n in range(first, first + count):
-            epoch, w = divmod(n, self.per_epoch)
-            if self._epoch is None or self._epoch[0] != (seed, epoch):
-                random = np.random.default_rng((seed, epoch))
-                self._epoch = ((seed, epoch), random.permutation(self.per_epoch), random.integers(self.max_shift + 1))
-            _, order, shift = self._epoch
-            windows.append(self._rows([self.windows[order[w]]], shift, once=False))
-        return Batch(*(None if t[0] is None else torch.cat(t) for t in zip(*windows)))
+            window, shift = self.window_of(seed, n)
+            rows.append(self._rows([self.windows[window]], shift, once=False))
+        return Batch(*(None if t[0] is None else torch.cat(t) for t in zip(*rows)))
 
     def evaluation_batches(self, batch_size, max_tokens=None, once=True):
-        """Every window of the split once, in order; or as many as hold max_tokens, spread over the split. once=False:
-        with the targets of training."""
+        """Yields a Batch for every `batch_size` windows of the split, in order.
+
+        max_tokens  only as many windows as hold them, spread evenly over the split
+        once        each token is a target once; False: the targets of training
+        """
         chosen = np.arange(len(self.windows))
         if max_tokens and len(chosen) * self.context > max_tokens:
             chosen = np.linspace(0, len(chosen) - 1, max(1, max_tokens // self.context)).astype(int)
@@ -174,9 +197,12 @@ class Windows:
 
 
 def packed(sizes, room):
-    """Which of the pieces share a window of `room`, lists of their numbers: each, the largest first, goes where it
-    leaves the least room (best-fit decreasing; for language models Ding et al., 2024)."""
-    windows, rooms = [], []                                  # rooms: (what is left, window), sorted
+    """Packs pieces into windows of `room` tokens: a list of lists of piece numbers.
+
+    Best-fit decreasing: each piece, the largest first, goes where it leaves the least room (for
+    language models Ding et al., 2024).
+    """
+    windows, rooms = [], []                                  # rooms: (tokens left, window), sorted
     for piece in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         at = bisect.bisect_left(rooms, (sizes[piece],))
         left, window = rooms.pop(at) if at < len(rooms) else (room, len(windows))
@@ -188,10 +214,13 @@ def packed(sizes, room):
 
 
 def stream_batches(ids, context):
-    """A stream of ids (N,) in windows of `context` and the one after each, which begins the next: each id but the first
-    is predicted once. The last window is filled up with targets that are ignored."""
+    """Yields a stream of ids (N,) as a Batch of windows: each id but the first is a target once.
+
+    The last window is padded with targets that are ignored.
+    """
     ids, rows = torch.as_tensor(np.asarray(ids, np.int64)), max(1, 8192 // context)
-    for piece in (ids[i:i + rows * context + 1] for i in range(0, len(ids) - 1, rows * context)):
+    for i in range(0, len(ids) - 1, rows * context):
+        piece = ids[i:i + rows * context + 1]
         fill = (0, -(len(piece) - 1) % context)
-        targets = F.pad(piece[1:], fill, value=IGNORE).view(-1, context)
+        targets = F.pad(piece[1:], fill, value=IGNORE).view(-1, context)               # (windows, context)
         yield Batch(F.pad(piece[:-1], fill).view(-1, context), targets, None)

@@ -1,23 +1,107 @@
-"""The machine: device, number type, threads, and several processes that train one model."""
+"""The machine: device, number type, threads, and processes that train one model (DDP, FSDP)."""
 import collections, contextlib, datetime, math, os, re, statistics, sys, time
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from data import UserError
 
 try:
     from data import native
-except ImportError:                                   # a copy without native.py and kernels.c: PyTorch does it all
+except ImportError:                                   # a copy without native.py and kernels.c: PyTorch alone
     native = None
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Machine = collections.namedtuple("Machine", "device dtype rank size threads")       # threads: sample.Threads
+Machine = collections.namedtuple("Machine", "device dtype rank size threads")       # threads: a Threads
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device and number type
+
+def set_up(cfg):
+    """The Machine: joins torchrun's processes, picks and prints device and, on a GPU, number type.
+
+    The number type on a CPU is chosen later, by `fastest`. Raises UserError if --batch-size does
+    not divide by the number of processes, or if --device is not there.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.batch_size % size:
+        fitting = ", ".join(str(n) for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0)
+        raise UserError(f"--batch-size {cfg.batch_size} does not divide by the {size} processes: start {fitting} of "
+                        f"them, or give a multiple of {size}")
+    device = pick_device(cfg.device)
+    if size > 1:
+        device = join_processes(device, rank, size)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    dtype, reason = number_type(cfg.dtype, device)
+    machine = Machine(device, from_first(dtype), rank, size, Threads([torch.get_num_threads()]))
+    if device.type != "cpu":
+        say(machine, f"device {device}" + f", {size} processes" * (size > 1) + f"; {str(dtype)[6:]} ({reason})")
+    return machine
+
+
+def pick_device(name="auto"):
+    """The torch device of this name, or the best one here. Raises UserError if it is missing."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    best = next(device for device in have if have[device])
+    if name == "auto":
+        name = best
+    if not have.get(name.split(":")[0], False):
+        raise UserError(f"--device {name}: there is no such device here; use --device {best}")
+    return torch.device(name)
+
+
+def number_type(name, device):
+    """(torch dtype for --dtype `name`, the reason in words)."""
+    if name != "auto":
+        return DTYPES[name], "as asked"
+    if device.type == "cuda":
+        # torch.cuda.is_bf16_supported() counts emulation, which is slow on Turing and Volta.
+        has_units = torch.cuda.get_device_capability(device) >= (8, 0)
+        return (torch.bfloat16 if has_units else torch.float16,
+                f"this GPU has {'' if has_units else 'no '}bfloat16 units")
+    return torch.float32, "the safe choice on mps, which is experimental here"
+
+
+def in_dtype(machine):
+    """A context in which matrix products have the machine's number type; weights stay float32."""
+    return torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
+
+
+def to_device(batch, device):
+    """A Batch with all tensors on the device."""
+    return type(batch)(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
+
+
+def synchronize(device):
+    """Waits until a GPU has finished all queued work."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def memory_of_machine():
+    """Bytes of memory; infinity where the system does not say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
+def require_memory(machine, size, task, flags):
+    """Raises UserError if a task on a CPU needs more memory than there is: Linux would kill it.
+
+    size: bytes; task: the beginning of the message; flags: those to lower
+    """
+    if machine.device.type == "cpu" and size > memory_of_machine():
+        raise UserError(f"{task} needs at least {size / 1e9:,.0f} GB, and this machine has "
+                        f"{memory_of_machine() / 1e9:,.0f}: lower {flags}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
 
 def matmul_rate(device, dtype, size, seconds=0.2):
-    """Multiplications and additions a second of a square product on this device: the median of what fits the time."""
+    """Multiplications and additions per second of a square product: the median over `seconds`."""
     a, times = torch.randn(size, size, device=device).to(dtype), []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
@@ -29,61 +113,228 @@ def matmul_rate(device, dtype, size, seconds=0.2):
 
 
 def products_rate(machine):
-    """matmul_rate of a machine, by a product that is large enough not to time its launch alone."""
-    emulated = machine.device.type == "cpu" and machine.dtype != torch.float32           # there 1024 takes seconds
-    return matmul_rate(machine.device, machine.dtype, 4096 if machine.device.type == "cuda" else
-                       256 if emulated else 1024)
+    """matmul_rate of a machine, with a product so large that the launch does not count."""
+    size = 4096 if machine.device.type == "cuda" else 1024
+    if machine.device.type == "cpu" and machine.dtype != torch.float32:      # may be emulated: 1024 takes seconds
+        size = 256
+    return matmul_rate(machine.device, machine.dtype, size)
 
 
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+def in_turns(step, machines, seconds, rounds):
+    """{name: seconds of each step(machine)} for {name: Machine}: see train.timed_steps."""
+    times, begin, very_first = {name: [] for name in machines}, time.perf_counter(), True
+    while rounds > 0 or time.perf_counter() - begin < seconds:
+        for name, machine in machines.items():
+            if machine.device.type == "cpu":
+                machine.threads.use(machine.threads.count)
+            for counted in (False, True, True, True):
+                start = time.perf_counter()
+                step(machine)
+                synchronize(machine.device)
+                duration = time.perf_counter() - start
+                if very_first and seconds and duration > 5:
+                    return None
+                very_first = False
+                if counted:
+                    times[name].append(duration)
+        rounds -= 1
+    return times
 
 
-def set_up(cfg):
-    """Joins the processes torchrun started and picks device and, of a GPU, number type; says so."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.batch_size % size:
-        fitting = ", ".join(str(n) for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0)
-        raise UserError(f"--batch-size {cfg.batch_size} does not divide by the {size} processes: start {fitting} of "
-                        f"them, or give a multiple of {size}")
-    device = pick_device(cfg.device)
-    if size > 1 and device.type == "cuda":
+def fastest(machine, cfg, stored, tokens, time_steps):
+    """The Machine with the threads and number type of the fastest steps on a CPU; prints them.
+
+    stored       read_state of the run that is resumed, or {}: the choice of that run stays
+    tokens       tokens of a timed step
+    time_steps   {option: Machine} -> {option: seconds of each step}, or None: a step takes too long
+    """
+    if machine.device.type != "cpu":
+        return machine
+    threads, counts = thread_options(cfg, stored, machine)
+    dtypes = dtype_options(cfg, stored, machine)
+    best, note = (counts[0], dtypes[0]), " (as before)" if stored else ""
+    if len(counts) * len(dtypes) > 1:
+        options = {(n, dtype): machine._replace(dtype=dtype, rank=0, size=1, threads=Threads([n]))
+                   for n in counts for dtype in dtypes}
+        seconds, note = time_steps(options), " (a step takes too long to try others)"
+        if seconds:
+            rates = {option: tokens / statistics.fmean(seconds[option]) for option in options}
+            best = max(rates, key=rates.get)
+            note = " (steps were timed: " + "; ".join(f"{threads_of(n)}: " + ", ".join(
+                f"{str(dtype)[6:]} {rates[n, dtype]:,.0f} tokens/s" for dtype in dtypes) for n in counts) + ")"
+    count, dtype = from_first(best)
+    threads.use(count)
+    say(machine, f"device cpu, {threads_of(count)}" + f", {machine.size} processes" * (machine.size > 1) +
+        f"; {str(dtype)[6:]}{note}")
+    return machine._replace(dtype=dtype, threads=threads)
+
+
+def thread_options(cfg, stored, machine):
+    """(a Threads, the numbers of threads to time). Tests set SLM_TEST_THREADS for --threads."""
+    most = torch.get_num_threads()
+    count = cfg.threads or int(os.environ.get("SLM_TEST_THREADS") or 0) or (most if machine.size > 1 else 0)
+    if count:
+        return Threads([count]), [count]
+    threads = Threads(halvings(most), stored.get("threads", 0))
+    return threads, [threads.count] if stored.get("threads") else threads.options
+
+
+def dtype_options(cfg, stored, machine):
+    """The number types to time. Tests set SLM_TEST_DTYPE for --dtype."""
+    name = cfg.dtype
+    if name == "auto":
+        name = os.environ.get("SLM_TEST_DTYPE") or stored.get("dtype") or "auto"
+    if name != "auto":
+        return [DTYPES[name]]
+    rates = [matmul_rate(machine.device, dtype, 256) for dtype in (torch.float32, torch.bfloat16)]
+    return [torch.float32, torch.bfloat16] if rates[1] > rates[0] else [torch.float32]       # else it is emulated
+
+
+class Threads:
+    """The number of CPU threads that makes steps, of training or of one token, fastest now.
+
+    While another program holds a core, two threads that wait for each other are slower than one
+    alone. A trial runs the next steps with each option in turn. A trial begins when steps take SLOW
+    times as long as before, and now and then while fewer threads than the most are used.
+
+    options   numbers to choose from, the largest first; a single number is never changed
+    count     the number now
+    """
+    TRIAL_STEPS, TRIAL_SECONDS = 6, 0.005                # least steps, and least seconds, of an option in a trial
+    SLOW = 2.0
+    FIRST_WAIT, LONGEST_WAIT = 60.0, 240.0               # seconds between two trials
+
+    def __init__(self, options, count=0):
+        self.options, self.count = options, count if count in options else options[0]
+        self.fastest_mean, self.wait, self.recent = math.inf, self.FIRST_WAIT, collections.deque(maxlen=20)
+        self.trial, self.reason, self.trial_end = None, "", time.perf_counter()
+
+    def use(self, count):
+        """Sets the number of threads of PyTorch and of the C kernels."""
+        self.count = count
+        torch.set_num_threads(count)
+        if native:
+            native.set_threads(count)
+
+    def start_trial(self, reason=""):
+        """Begins a trial if there are options. reason: the sentence that `note` returns at the end.
+
+        Without a reason the trial is silent.
+        """
+        if len(self.options) > 1:
+            self.reason, self.count_before, self.trial = reason, self.count, {n: [] for n in self.options}
+            self.use(self.options[0])
+
+    def note(self, seconds):
+        """Records a step's duration and sets the next step's threads. Returns a sentence or ""."""
+        if self.trial is not None:
+            return self.note_trial(seconds)
+        self.recent.append(seconds)
+        if len(self.options) == 1 or len(self.recent) < self.recent.maxlen:
+            return ""
+        mean = statistics.fmean(self.recent)
+        self.fastest_mean = min(self.fastest_mean, mean)
+        if mean > self.SLOW * self.fastest_mean:
+            self.start_trial(f"{mean / self.fastest_mean:.1f} x slower than before, as if another program were busy")
+        elif self.count < self.options[0] and time.perf_counter() - self.trial_end > self.wait:
+            self.start_trial()
+        return ""
+
+    def note_trial(self, seconds):
+        """`note` during a trial. The first step of an option is not counted."""
+        times = self.trial[self.count]
+        times.append(seconds)
+        if len(times) < self.TRIAL_STEPS or sum(times[1:]) < self.TRIAL_SECONDS:
+            return ""
+        untried = self.options[self.options.index(self.count) + 1:]
+        if untried:
+            self.use(untried[0])
+            return ""
+        means = {n: statistics.fmean(times[1:]) for n, times in self.trial.items()}
+        self.use(min(means, key=means.get))
+        self.wait = self.FIRST_WAIT if self.count != self.count_before else min(2 * self.wait, self.LONGEST_WAIT)
+        self.fastest_mean, self.trial, self.trial_end = means[self.count], None, time.perf_counter()
+        self.recent.clear()
+        return f"{self.reason}: {threads_of(self.count)} from now on" if self.reason else ""
+
+    def following(self, stream):
+        """Yields the items of an iterator, each a step. Starts a trial at the first use."""
+        start = None
+        if math.isinf(self.fastest_mean):
+            self.start_trial()
+        for item in stream:
+            if start is not None:                        # the first item waits until the prompt is read
+                self.note(time.perf_counter() - start)
+            yield item
+            start = time.perf_counter()
+
+
+def threads_of(n):
+    """"1 thread", "2 threads", ..."""
+    return f"{n} thread{'s' * (n > 1)}"
+
+
+def halvings(n):
+    """n, n / 2, n / 4, ... 1."""
+    return [n >> i for i in range(n.bit_length())]
+
+
+def accelerate(model, wanted=True, functions=None):
+    """Attaches the C kernels of data/native.py, if wanted and there. Returns the model."""
+    return native.attach(model, functions) if native and wanted else model
+
+
+def is_accelerated(model):
+    """Whether C kernels are attached to the model."""
+    return bool(native) and native.is_attached(model)
+
+
+def threads_for(model, count, device):
+    """The Threads for generation: `count`, or with 0 the fastest number.
+
+    Only the C kernels compute the same bits with any number of threads; PyTorch alone keeps the
+    most.
+    """
+    most = torch.get_num_threads()
+    choose = not count and device.type == "cpu" and is_accelerated(model)
+    threads = Threads(halvings(most) if choose else [count or most])
+    if device.type == "cpu":
+        threads.use(threads.count)
+    return threads
+
+
+def how_quantized_layers_run(model):
+    """The arithmetic of a model's quantized layers, in words; None for a model that has none."""
+    if not any(hasattr(m, "scales") for m in model.modules()):
+        return None
+    on_cpu = next(model.parameters()).device.type == "cpu" and model.dtype == torch.float32
+    if on_cpu and is_accelerated(model):
+        return "compiled C, activations rounded to 8 bits in groups of 32"
+    return f"weights dequantized to {str(model.dtype)[6:]} at each use"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+def join_processes(device, rank, size):
+    """Joins torchrun's processes into a group. Returns the device of this process."""
+    if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():
-        store, _, _ = next(dist.rendezvous("env://"))     # torchrun's next try meets in it the dead of the last
+    if not dist.is_initialized():
+        store, _, _ = next(dist.rendezvous("env://"))
+        # After a restart the store holds keys of the crashed attempt: each attempt has a prefix.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
-                                timeout=datetime.timedelta(hours=2))         # the first prepares data, the others wait
-    dtype, why = DTYPES[cfg.dtype] or torch.float32, "as asked"
-    if cfg.dtype == "auto" and device.type == "cuda":
-        # Not torch.cuda.is_bf16_supported(): it counts emulation, and Turing and Volta are slow at it.
-        dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-        why = f"this GPU has {'' if dtype == torch.bfloat16 else 'no '}bfloat16 units"
-    elif cfg.dtype == "auto":
-        why = "the safe choice on mps, which is experimental here"
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    machine = Machine(device, from_first(dtype), rank, size, Threads([torch.get_num_threads()]))
-    if device.type != "cpu":                                     # of a CPU: see `tuned`
-        say(machine, f"device {device}" + (f", {size} processes" if size > 1 else "") + f"; {str(dtype)[6:]} ({why})")
-    return machine
+                                timeout=datetime.timedelta(hours=2))         # the others wait until the first has data
+    return device
 
 
 def say(machine, text):
+    """Prints a line, on the first process only."""
     if machine.rank == 0:
         tqdm.write(text)
         sys.stdout.flush()
-
-
-def in_dtype(machine):
-    """A context whose products are made in the machine's number type; weights stay float32."""
-    return torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
-
-
-def to_device(batch, device):
-    return type(batch)(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
 
 
 def all_sum(machine, tensor):
@@ -95,7 +346,7 @@ def all_sum(machine, tensor):
 
 
 def from_first(value):
-    """What the first process has for `value`."""
+    """The first process's value, on every process."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
@@ -103,7 +354,7 @@ def from_first(value):
 
 
 def agree(machine, settings):
-    """Raises UserError if the dict `settings` is not the same in all processes."""
+    """Raises UserError if the dict `settings` differs between processes."""
     all_settings = [settings] * machine.size
     if machine.size > 1:
         dist.all_gather_object(all_settings, settings)
@@ -115,7 +366,7 @@ def agree(machine, settings):
 
 @contextlib.contextmanager
 def one_voice():
-    """Several processes end with one message, exit code 2 and no traceback, be it that one of them is gone."""
+    """Ends several processes with one message and exit code 2, also when one of them died."""
     try:
         yield
     except (UserError, KeyboardInterrupt, RuntimeError) as error:
@@ -126,190 +377,128 @@ def one_voice():
                 raise
             error = UserError("another process of this run is gone: the same command with --resume goes on from the "
                               "last save")
-        with contextlib.suppress(Exception):                                 # torchrun's store outlives the processes
+        with contextlib.suppress(Exception):             # torchrun's store is still there when a process has died
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                                   timeout=datetime.timedelta(seconds=5))
             if store.add("said in try " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), 1) > 1:
-                time.sleep(1)                            # torchrun ends all when the first ends: let the other speak
+                time.sleep(1)                            # torchrun ends all processes with the first: let it print
                 sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
         raise error from None
 
 
 def launch():
-    """Names a start of torchrun, the same in all its tries (--max-restarts); "" without it."""
+    """A name for a start of torchrun, equal in all attempts (--max-restarts); "" without."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"process {os.getppid()}" if run_id == "none" else run_id
 
 
+def prepared(forward, first_batch, cfg, machine):
+    """A ModelAndLoss with dropout, activation checkpointing, torch.compile, and DDP or FSDP.
+
+    first_batch() gives a Batch for the first compilation. Raises UserError if compilation fails.
+    """
+    body, fsdp = forward.model.model, cfg.fsdp and machine.size > 1
+    body.checkpoint = cfg.checkpoint_activations
+    for module in forward.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = cfg.dropout
+    if fsdp:
+        shard(forward, machine)
+    if cfg.compile:
+        for module in body.layers if fsdp else (forward.model,):
+            module.compile()                             # in place: no prefix in the state dict
+        try:                                             # the compiler runs, and fails, at the first real step
+            with in_dtype(machine):
+                forward(to_device(first_batch(), machine.device))[0].backward()
+            forward.zero_grad(set_to_none=True)
+        except Exception as error:
+            raise UserError(f"--compile does not work here ({type(error).__name__}): leave it out, or install a C++ "
+                            "compiler that torch.compile finds") from None
+    if machine.size > 1 and not fsdp:
+        return nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    return forward
+
+
+def summed_gradients(forward, last):
+    """A context for a micro-batch: DDP sums gradients over processes at the last one only.
+
+    FSDP sums them each time: to wait, each process would have to hold all gradients.
+    """
+    ddp = isinstance(forward, nn.parallel.DistributedDataParallel)
+    return forward.no_sync() if ddp and not last else contextlib.nullcontext()
+
+
+def clip_gradients(params, largest):
+    """Scales gradients to a norm over all shards of at most `largest`. Returns the old norm."""
+    norm = nn.utils.clip_grad_norm_(params, largest)
+    return (norm.full_tensor() if is_sharded(norm) else norm).item()
+
+
 def shard(forward, machine):
-    """Leaves each process 1/size of every tensor (FSDP: Zhao et al., 2023). A block is whole while it runs; what is in
-    no block, as the head that losses read, from the beginning of forward() to the end of its backward pass."""
-    from torch.distributed.fsdp import fully_shard                           # here, as it takes most of a second
+    """Leaves each process 1/size of every tensor (FSDP: Zhao et al., 2023).
+
+    A block is gathered while it runs. The tensors outside the blocks (embedding, head) stay
+    gathered from forward() to the end of the backward pass.
+    """
+    from torch.distributed.fsdp import fully_shard       # here, as this import takes most of a second
     mesh = dist.init_device_mesh(machine.device.type, (machine.size,))
     for module in (*forward.model.model.layers, forward):
         fully_shard(module, mesh=mesh)
 
 
+@contextlib.contextmanager
+def unsharded(forward):
+    """A context that gathers the parameters outside the blocks; FSDP gathers only the blocks."""
+    fsdp = hasattr(forward, "unshard")
+    if fsdp:
+        forward.unshard()
+    yield
+    if fsdp:
+        forward.reshard()
+
+
 def is_sharded(tensor):
-    return hasattr(tensor, "placements")                                     # a DTensor
+    """Whether a tensor is spread over processes (a DTensor)."""
+    return hasattr(tensor, "placements")
 
 
-def part(tensor):
-    """What this process holds of a tensor."""
+def local_part(tensor):
+    """The part of a tensor that this process holds."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def sharded_like(p, tensor):
-    """A tensor that every process holds, sharded as p is."""
+    """A tensor that every process holds, sharded if and as p is."""
+    if not is_sharded(p):
+        return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def gathered(x, machine):
-    """x, a tensor or a dict that has some, with sharded ones whole: on the first process's CPU; for others None."""
+    """A tensor or nested dict with sharded tensors gathered on the first CPU; None elsewhere."""
     if isinstance(x, dict):
         return {k: gathered(v, machine) for k, v in x.items()}
     if not is_sharded(x):
         return x
-    x = x.full_tensor()                                                      # all processes take part
+    x = x.full_tensor()                                  # all processes take part
     return x.cpu() if machine.rank == 0 else None
 
 
-def on_whole_matrices(function, rows, shape, mesh):
-    """function(matrices (n, rows, columns) = shape), where each process of a mesh holds some rows of each matrix.
+def on_whole_matrices(function, parts, p):
+    """function(matrices (n, rows, columns)), where this process may hold some rows only, as of p.
 
-    The rows change hands, so that each process has some matrices whole, and back. The work is shared, too.
+    With FSDP, processes exchange rows (all-to-all), so that each gets some of the matrices whole,
+    and exchange the results back. So the processes share the work, too.
     """
+    if not is_sharded(p):
+        return function(parts)
     from torch.distributed.tensor import DTensor, Shard
+    (rows, columns), n = p.shape, len(parts)
 
-    def turned(parts, dim):
-        stride = (shape[1] * shape[2], shape[2], 1)
-        whole = DTensor.from_local(parts.contiguous(), mesh, [Shard(dim)], shape=torch.Size(shape), stride=stride)
+    def exchanged(parts, dim):
+        """Split along `dim` -> split along 1 - dim."""
+        whole = DTensor.from_local(parts.contiguous(), p.device_mesh, [Shard(dim)],
+                                   shape=torch.Size((n, rows, columns)), stride=(rows * columns, columns, 1))
         return whole.redistribute(placements=[Shard(1 - dim)]).to_local()
-    return turned(function(turned(rows, 1)), 0)
-
-
-def memory_of_machine():
-    """Bytes of memory; infinite where the system does not say."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-
-
-def pick_device(name="auto"):
-    """The torch device a person named, or the best there is. Raises UserError if it is not there."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(d for d in have if have[d])
-    if not have.get(name.split(":")[0], False):
-        best = next(d for d in have if have[d])
-        raise UserError(f"--device {name}: there is no such device here; use --device {best}")
-    return torch.device(name)
-
-
-class Threads:
-    """The number of threads of a CPU with which steps, of training or a token each, are fastest now: while another
-    program holds a core, two threads that wait for each other are slower than one alone.
-
-    options  numbers to choose from, the largest first; a single one is never changed
-    A trial runs the next steps with each option in turn. There is one when steps take twice as long as before, and now
-    and then where fewer threads than the most are used.
-    """
-    STEPS, SECONDS, SLOW, AGAIN, MOST = 6, 0.005, 2.0, 60.0, 240.0   # of a trial; slower by; seconds between two trials
-
-    def __init__(self, options, count=0):
-        self.options, self.count = options, count if count in options else options[0]
-        self.usual, self.wait, self.recent = math.inf, self.AGAIN, collections.deque(maxlen=20)
-        self.trial, self.why, self.ended = None, "", time.perf_counter()
-
-    def use(self, count):
-        self.count = count
-        torch.set_num_threads(count)
-        if native:
-            native.set_threads(count)
-
-    def start_trial(self, why=""):
-        """Begins one, unless there is nothing to choose. why: the beginning of the sentence at its end, or "": it ends
-        silently."""
-        if len(self.options) > 1:
-            self.why, self.before, self.trial = why, self.count, {n: [] for n in self.options}
-            self.use(self.options[0])
-
-    def note(self, seconds):
-        """Notes how long a step took, and says with how many threads the next is made. Returns a sentence, or ""."""
-        if self.trial is not None:
-            return self.tried(seconds)
-        self.recent.append(seconds)
-        if len(self.options) == 1 or len(self.recent) < self.recent.maxlen:
-            return ""
-        mean = statistics.fmean(self.recent)
-        self.usual = min(self.usual, mean)
-        if mean > self.SLOW * self.usual:
-            self.start_trial(f"{mean / self.usual:.1f} x slower than before, as if another program were busy")
-        elif self.count < self.options[0] and time.perf_counter() - self.ended > self.wait:
-            self.start_trial()
-        return ""
-
-    def tried(self, seconds):
-        """`note` during a trial; the first step with another number of threads is not counted."""
-        times = self.trial[self.count]
-        times.append(seconds)
-        if len(times) < self.STEPS or sum(times[1:]) < self.SECONDS:
-            return ""
-        rest = self.options[self.options.index(self.count) + 1:]
-        if rest:
-            self.use(rest[0])
-            return ""
-        means = {n: statistics.fmean(times[1:]) for n, times in self.trial.items()}
-        self.use(min(means, key=means.get))
-        self.wait = self.AGAIN if self.count != self.before else min(2 * self.wait, self.MOST)
-        self.usual, self.trial, self.ended = means[self.count], None, time.perf_counter()
-        self.recent.clear()
-        return f"{self.why}: {threads_of(self.count)} from now on" if self.why else ""
-
-    def following(self, stream):
-        """The items of an iterator, each a step. The first time there is a trial at once."""
-        start = None
-        if math.isinf(self.usual):
-            self.start_trial()
-        for item in stream:
-            if start is not None:                                # the first item waits for the prompt to be read
-                self.note(time.perf_counter() - start)
-            yield item
-            start = time.perf_counter()
-
-
-def threads_of(n):
-    return f"{n} thread{'s' * (n > 1)}"
-
-
-def halvings(n):
-    """n, n / 2, n / 4, ... 1."""
-    return [n >> i for i in range(n.bit_length())]
-
-
-def accelerate(model, wanted=True, functions=None):
-    """Attaches data/native.py to a model, if it is there and wanted (--no-native). Returns the model."""
-    return native.attach(model, functions) if native and wanted else model
-
-
-def is_accelerated(model):
-    return bool(native) and native.is_attached(model)
-
-
-def threads_for(model, count, device):
-    """Threads for generation: `count`; 0: the fastest, where kernels compute the same bits with any number of them."""
-    most = torch.get_num_threads()
-    follow = not count and device.type == "cpu" and is_accelerated(model)
-    threads = Threads(halvings(most) if follow else [count or most])
-    if device.type == "cpu":
-        threads.use(threads.count)
-    return threads
-
-
-def how_quantized_layers_run(model):
-    """Text: the arithmetic behind the figures of a model with quantized layers; None: it has none."""
-    if not any(hasattr(m, "scales") for m in model.modules()):
-        return None
-    on_cpu = next(model.parameters()).device.type == "cpu" and model.dtype == torch.float32
-    if on_cpu and is_accelerated(model):
-        return "compiled C, activations rounded to 8 bits in groups of 32"
-    return f"weights dequantized to {str(model.dtype)[6:]} at each use"
+    return exchanged(function(exchanged(parts, 1)), 0)

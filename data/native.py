@@ -158,24 +158,24 @@ def agrees(found, expected, tolerance=EXACT):
     return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
-PROVEN = {}                            # function of model.py: whether C gave its result
+PROVEN = {}                            # functions of model.py: whether C gave their result
 
 
-def proven(plain, fast, *args, tolerance=EXACT):
+def proven(plain, fast, *args, also=None, tolerance=EXACT):
     """fast(), if its first result was that of plain(*args), a method of a class in model.py; else plain(*args).
 
-    One sentence says where PyTorch stays.
+    One sentence says where PyTorch stays. also: another function whose work is done in C
     """
-    method = plain.__func__
-    if method not in PROVEN:
+    key = plain.__func__, also
+    if key not in PROVEN:
         with torch.no_grad():
             expected = plain(*args)
             if not expected.isfinite().all():         # said elsewhere; the next call may prove it
                 return plain(*args)
-            PROVEN[method] = agrees(fast(), expected, tolerance)
-        if not PROVEN[method]:
-            say_once(f"PyTorch computes {method.__qualname__}, not the C kernels: it computes something else")
-    return fast() if PROVEN[method] else plain(*args)
+            PROVEN[key] = agrees(fast(), expected, tolerance)
+        if not PROVEN[key]:
+            say_once(f"PyTorch computes {plain.__qualname__}, not the C kernels: it computes something else")
+    return fast() if PROVEN[key] else plain(*args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +265,8 @@ class NativeAttention(Accelerated):
             return super().to_heads(x, norm, rotary)
         return proven(
             super().to_heads, lambda: HeadsInC.apply(x.unflatten(-1, (-1, self.head_dim)), weight,
-                                                     getattr(norm, "eps", 0.0), *rotary), x, norm, rotary)
+                                                     getattr(norm, "eps", 0.0), *rotary), x, norm, rotary,
+            also=type(norm).forward)
 
 
 class NativeMLP(Accelerated):
@@ -320,7 +321,10 @@ class NativeBody(Accelerated):
             return decoder.step(ids)
         x = super().forward(ids, cache)
         if decoder is None and applies(x) and len(x) == len(cache.keys[0]):
-            cache.decoder = decoder_of(self, cache, ids[:, -1:], x[:, -1:])
+            before = vars(cache).get("read") or (ids[:, :0], x[:, :0])
+            cache.read = torch.cat((before[0], ids), 1), torch.cat((before[1], x), 1)
+            if cache.read[0].shape[1] > 1:            # one token says too little of a gate that depends on it
+                cache.decoder, cache.read = decoder_of(self, cache, *cache.read), None
         return x
 
 
@@ -503,20 +507,21 @@ class Decoder:
 def decoder_of(body, cache, ids, expected):
     """A Decoder that finds what the model's own blocks found, or False.
 
-    ids (B, 1): the last token read, for which the cache has keys and values already; expected (B, 1, C): the hidden
-    states that the blocks of model.py, changed or not, made of it. C reads that token once more.
+    ids (B, T): the last tokens read, for which the cache has keys and values already; expected (B, T, C): the hidden
+    states that the blocks of model.py, changed or not, made of them. C reads as many of them once more as it takes.
     """
     if not expected.isfinite().all():                 # said elsewhere
         return False
     hooked, known = any(hooks_of(body)), knows(body, cache)
     if known and not hooked:
-        decoder, last = Decoder(body, cache), cache.length - 1
-        kept = [(t, t[:, :, last].clone()) for t in (*cache.keys, *cache.values)]
-        found = body.embed_tokens(ids).clone(memory_format=torch.contiguous_format)
-        decoder.run(found, last)
+        last = min(ids.shape[1], max(1, (FEW - 1) // len(ids)))
+        decoder, start = Decoder(body, cache), cache.length - last
+        kept = [(t, t[:, :, start:cache.length].clone()) for t in (*cache.keys, *cache.values)]
+        found = body.embed_tokens(ids[:, -last:]).clone(memory_format=torch.contiguous_format)
+        decoder.run(found, start)
         for t, values in kept:
-            t[:, :, last] = values
-        if agrees(found, expected, BLOCKS if has_quantized(body.layers) else EXACT):
+            t[:, :, start:cache.length] = values
+        if agrees(found, expected[:, -last:], BLOCKS if has_quantized(body.layers) else EXACT):
             return decoder
     if known or hooked:
         why = "a hook is registered on it" if hooked else "its blocks compute something else"

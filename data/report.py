@@ -1,5 +1,5 @@
-"""Tables and pictures of what was measured."""
-import itertools, json, math, re, statistics, time
+"""Tables and pictures of measurements."""
+import json, math, statistics, time
 from pathlib import Path
 
 import torch
@@ -7,26 +7,58 @@ from tqdm import tqdm
 
 from data import UserError
 from data.chain import check_writable
+from data.checkpoints import find_model
 from data.files import REPORT, replacing_file
 from data.heldout import interval
 from data.runs import read_log
 
 
-def picture(out):
-    """Draws loss.png from log.jsonl."""
+# ---------------------------------------------------------------------------------------------------------------------
+# One renderer of tables, one way to draw
+
+def markdown(columns, rows, left=1):
+    """A Markdown table of {heading: function of a row -> text}; `left` columns are words."""
+    lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    adjust = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    lines.insert(1, ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
+    return "\n".join("| " + " | ".join(f(text, w) for f, text, w in zip(adjust, line, widths)) + " |" for line in lines)
+
+
+def new_figure(name, columns=1, size=(7, 4)):
+    """(figure, axes or a row of axes); without matplotlib a sentence, and (None, None)."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure                     # here: importing it takes a second
     except ImportError:
-        print("loss.png is skipped: matplotlib is not installed")
-        return
+        print(f"{name} is skipped: matplotlib is not installed")
+        return None, None
+    figure = Figure(figsize=size, layout="constrained")          # without pyplot: no display, nothing to close
+    return figure, figure.subplots(1, columns, sharey=True)
+
+
+def save_figure(figure, path):
+    """Writes a figure as a PNG file, as a whole or not at all."""
+    with replacing_file(path) as new:
+        figure.savefig(new, dpi=120, format="png")
+
+
+def write_text(path, text):
+    """Writes a text file, as a whole or not at all."""
+    with replacing_file(path) as new:
+        new.write_text(text, encoding="utf-8", newline="\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and distillation
+
+def picture(out):
+    """Draws OUT/loss.png from OUT/log.jsonl: training and validation loss against tokens."""
+    figure, ax = new_figure("loss.png")
     lines = read_log(out / "log.jsonl")
     train = [(l["tokens"], l["loss"]) for l in lines if "loss" in l]
     val = [(l["tokens"], l["val_loss"]) for l in lines if "val_loss" in l]
-    if not val:
+    if not figure or not val:
         return
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     ax.plot(*zip(*train), color="0.85", linewidth=0.8, label="training, a step")
     n = max(1, len(train) // 50)
     smooth = [(train[i + n - 1][0], statistics.fmean(l for _, l in train[i:i + n]))
@@ -35,53 +67,115 @@ def picture(out):
     ax.plot(*zip(*val), "o-", color="tab:blue", label="validation")
     ax.set(xlabel="tokens learned", ylabel="loss (nats per token)",
            title=f"{out.name}: validation loss {val[-1][1]:.3f}")
-    ax.set_ylim(min(min(l for _, l in train), min(l for _, l in val)) - 0.1, None)
+    ax.set_ylim(min(l for _, l in (*train, *val)) - 0.1, None)
     ax.legend(loc="upper right")
     ax.grid(alpha=0.3)
-    with replacing_file(out / "loss.png") as new:
-        fig.savefig(new, dpi=120, format="png")
-    plt.close(fig)
+    save_figure(figure, out / "loss.png")
+
+
+DISTILLATION = (("parameters", "parameters", "{:,}"), ("bits per byte", "bits_per_byte", "{:.4f}"),
+                ("perplexity", "perplexity", "{:.2f}"), ("quality kept", "quality_kept", "{:.1%}"),
+                ("gap closed", "gap_closed", "{:.0%}"), ("same top token", "agreement", "{:.1%}"),
+                ("decode", "decode_x", "{:.2f} x"), ("prefill", "prefill_x", "{:.2f} x"),
+                ("time", "seconds", "{:.0f} s"), ("of it teacher", "teacher_seconds", "{:.0f} s"))
+
+
+def write_distillation(rows, cfg, cached):
+    """Prints a distillation's rows {name: figures}, and writes report.md and report.png.
+
+    cached   seconds that the cache of labels took: the student begins so much later
+    """
+    out, student, base = Path(cfg.out), rows["student"], next(iter(rows.values()))["bits_per_byte"]
+    columns = {"model": lambda item: item[0]}
+    for heading, key, form in DISTILLATION:
+        columns[heading] = lambda item, key=key, form=form: form.format(item[1][key]) if key in item[1] else ""
+    text = markdown(columns, rows.items())
+    if student["bits_per_byte"] < base and not cfg.exits:
+        text += (f"\n\nWarning: at {base:.4f} bits per byte the teacher is worse than the student, at "
+                 f"{student['bits_per_byte']:.4f}: train the teacher longer.")
+    if "control" in rows:
+        won = rows["control"]["bits_per_byte"] - student["bits_per_byte"]
+        text += (f"\n\nThe teacher was worth its cost: {won:.4f} bits per byte below the control." if won > 0 else
+                 f"\n\nThe teacher was not worth its cost: {-won:.4f} bits per byte above the control.")
+    write_text(out / "report.md", text + "\n")
+    print("\n" + text)
+    figure, ax = new_figure("report.png")
+    if not figure:
+        return
+    for name, run, later, color in (("teacher", find_model(cfg.teacher).parent, 0, "0.6"),
+                                    ("student", out, cached, "tab:blue"),
+                                    ("control", out / "control", 0, "tab:orange")):
+        if name not in rows:
+            continue
+        label = f"{name}: {rows[name]['bits_per_byte']:.3f}"
+        points = [(later + line["seconds"], line["val_bits_per_byte"]) for line in read_log(run / "log.jsonl")
+                  if "val_bits_per_byte" in line]
+        if points:
+            ax.plot(*zip(*points), "o-", color=color, label=label)
+        else:
+            ax.axhline(rows[name]["bits_per_byte"], color=color, label=label)
+    ax.set(xlabel="seconds of training, evaluation and teacher", ylabel="validation, bits per byte", title=out.name)
+    ax.legend()
+    ax.grid(alpha=0.3)
+    save_figure(figure, out / "report.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of `measure`
+
+def cell(form, value, more=""):
+    """The text of a value that may be unknown, None."""
+    return "n/a" if value is None else form.format(value) + more
+
+
+def megabytes(row, key, base):
+    """The text of a number of bytes, with the ratio to the baseline's."""
+    ratio = f" ({row[key] / base[key]:.2f} x)" if row[key] and base[key] and row is not base else ""
+    return cell("{:,.2f}", row[key] and row[key] / 1e6, ratio)
+
+
+def size_columns(base):
+    """Columns for `markdown`: the sizes of the models, beside the row `base`."""
+    return {"model": lambda r: r["name"], "parameters": lambda r: f"{r['parameters']:,}",
+            "file, MB": lambda r: megabytes(r, "file_bytes", base),
+            "in memory, MB": lambda r: megabytes(r, "resident_bytes", base),
+            "bits per weight": lambda r: f"{r['bits_per_weight']:.2f}",
+            "process peak, MB": lambda r: cell("{:,.0f}", r["peak_bytes"] and r["peak_bytes"] / 1e6,
+                                               f" ({(r['empty_bytes'] or 0) / 1e6:,.0f})")}
+
+
+def quality_columns(base):
+    """Columns for `markdown`: the quality of the models, beside the row `base`."""
+    def beside(row, text):
+        return "" if row is base else text
+
+    def bits(row):
+        change = row["bits_per_byte"] / base["bits_per_byte"] - 1 if base["bits_per_byte"] else None
+        return f"{row['bits_per_byte']:.4f}" + beside(row, "" if change is None else f" ({change:+.2%})")
+    return {"model": lambda r: r["name"], "bits per byte": bits, "loss": lambda r: f"{r['loss']:.4f}",
+            "perplexity": lambda r: f"{r['perplexity']:,.2f}",
+            "mean KL": lambda r: beside(r, cell("{:.5f}", r["kl"])),
+            "99.9 % KL": lambda r: beside(r, cell("{:.4f}", r["kl_p999"])),
+            "same first choice": lambda r: beside(r, cell("{:.2%}", r["agreement"]))}
+
+
+def speed_columns(base, notes):
+    """Columns for `markdown`: the speed of the models, beside the row `base`, and notes."""
+    def rate(row, phase):
+        value = row[f"{phase}_tokens_per_s"]
+        text = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+        return text if row is base else f"{text} ({row[f'{phase}_x']:.2f} x)"
+    columns = {"model": lambda r: r["name"], "prefill, tokens/s": lambda r: rate(r, "prefill"),
+               "decode, tokens/s": lambda r: rate(r, "decode"),
+               "first token, ms": lambda r: f"{r['first_token_ms']:.1f}",
+               "later, p50 / p95, ms": lambda r: f"{r['token_p50_ms']:.2f} / {r['token_p95_ms']:.2f}",
+               "joules per token": lambda r: cell("{:.3f}", r["joules_per_token"])}
+    return {**columns, "note": lambda r: r.get("note", "")} if notes else columns
 
 
 def table(rows):
-    """Rows of `measure` as three Markdown tables, size, quality, speed, and the conditions they hold under."""
-    base, mb = rows[0], lambda n: None if n is None else n / 1e6
-
-    def cell(form, value, more=""):
-        return "n/a" if value is None else form.format(value) + more
-
-    def rate(value):
-        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-    def times(row, key):
-        return f" ({row[key] / base[key]:.2f} x)" if row[key] and base[key] and row is not base else ""
-
-    def markdown(columns):                                       # {heading: function of a row that gives a cell}
-        lines = [["model", *columns], *([row["name"], *(make(row) for make in columns.values())] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        lines.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
-        return "\n".join("| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
-                         for line in lines)
-
-    size = {"parameters": lambda r: f"{r['parameters']:,}",
-            "file, MB": lambda r: cell("{:,.2f}", mb(r["file_bytes"]), times(r, "file_bytes")),
-            "in memory, MB": lambda r: cell("{:,.2f}", mb(r["resident_bytes"]), times(r, "resident_bytes")),
-            "bits per weight": lambda r: f"{r['bits_per_weight']:.2f}",
-            "process peak, MB": lambda r: cell("{:,.0f}", mb(r["peak_bytes"]),
-                                                             f" ({mb(r['empty_bytes'] or 0):,.0f})")}
-    quality = {"bits per byte": lambda r: f"{r['bits_per_byte']:.4f}" + ("" if r is base else
-               f" ({r['bits_per_byte'] / base['bits_per_byte'] - 1:+.2%})" if base["bits_per_byte"] else ""),
-               "loss": lambda r: f"{r['loss']:.4f}", "perplexity": lambda r: f"{r['perplexity']:,.2f}",
-               "mean KL": lambda r: "" if r is base else cell("{:.5f}", r["kl"]),
-               "99.9 % KL": lambda r: "" if r is base else cell("{:.4f}", r["kl_p999"]),
-               "same first choice": lambda r: "" if r is base else cell("{:.2%}", r["agreement"])}
-    fast = {f"{phase}, tokens/s": lambda r, p=phase: rate(r[f"{p}_tokens_per_s"]) +
-            ("" if r is base else f" ({r[f'{p}_x']:.2f} x)") for phase in ("prefill", "decode")}
-    fast |= {"first token, ms": lambda r: f"{r['first_token_ms']:.1f}",
-             "later, p50 / p95, ms": lambda r: f"{r['token_p50_ms']:.2f} / {r['token_p95_ms']:.2f}",
-             "joules per token": lambda r: cell("{:.3f}", r["joules_per_token"])}
-    if any("note" in row for row in rows):
-        fast["note"] = lambda r: r.get("note", "")
+    """Rows of `measure` as Markdown: tables of size, quality and speed, and the conditions."""
+    base = rows[0]
     threads = f" with {base['threads']} thread(s)" if base["device"] == "cpu" else ""
     conditions = (
         f"Scored: {base['tokens']:,} tokens, {base['bytes']:,} bytes of text. Speed: batch {base['batch_size']}, "
@@ -91,61 +185,14 @@ def table(rows):
     how = sorted({row["quantized_layers"] for row in rows} - {None})
     if how:
         conditions += f" Quantized layers: {'; '.join(how)}."
-    return "\n\n".join([*map(markdown, (size, quality, fast)), conditions])
-
-
-def evaluation_table(results, groups):
-    """Markdown of what `evaluate` gave, {name: rows}; the first is what the others are compared with. groups: {name:
-    line numbers}. In brackets 95 % intervals of the difference."""
-    base = next(iter(results))
-
-    def column(name, chosen, key):
-        return torch.tensor([float(results[name][i][key]) for i in chosen], dtype=torch.float64)
-
-    def difference(name, chosen, key, form, scale=100, relative=False):
-        if name == base or not chosen:
-            return ""
-        ours, theirs = column(name, chosen, key), column(base, chosen, key)
-        both = lambda at: ours[at].sum() / theirs[at].sum() - 1 if relative else (ours[at] - theirs[at]).mean()
-        low, high = interval(both, len(chosen))
-        middle = f"{scale * both(torch.arange(len(chosen))):{form}} % " if relative else ""
-        return f"{middle}({scale * low:{form}} ... {scale * high:{form}})"
-
-    def cells(name, group):
-        rows, its = results[name], groups[group]
-        with_choices, answered = ([i for i in its if key in rows[i]] for key in ("chosen", "f1"))
-        spans = [rows[i]["spans"] for i in answered if "spans" in rows[i]]
-        share = lambda chosen, key: f"{column(name, chosen, key).mean():.1%}" if chosen else "n/a"
-        return [group, name, f"{len(its):,}",
-                f"{column(name, its, 'nats').sum() / math.log(2) / max(1, column(name, its, 'bytes').sum()):.4f}",
-                difference(name, its, "nats", "+.1f", relative=True),
-                f"{column(name, answered, 'f1').mean():.3f} {difference(name, answered, 'f1', '+.3f', 1)}".rstrip()
-                if answered else "n/a", share(answered, "exact"),
-                f"{share(with_choices, 'chosen')} {difference(name, with_choices, 'chosen', '+.1f')}".rstrip(),
-                f"{sum(s for s, _ in spans) / max(1, sum(n for _, n in spans)):.1%}" if spans else "n/a"]
-    head = ["group", "model", "lines", "bits per byte", f"to {base}", "token-F1", "exact match", "right choice",
-            "verbatim"]
-    lines = [head, ["---", "---", *["---:"] * 7], *(cells(name, group) for group in groups for name in results)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-class Progress:
-    """How far a list of jobs is, by what each of them costs: a bar on a terminal, and a line before each job."""
-    def __init__(self, total):
-        self.bar = tqdm(total=total, desc="sweep", disable=None, bar_format="{l_bar}{bar}| {elapsed}")
-        self.total, self.done, self.now, self.start = total, 0, 0, time.monotonic()
-
-    def next(self, name, cost):
-        self.done, self.now = self.done + self.now, cost
-        self.bar.update(self.done - self.bar.n)
-        left = (time.monotonic() - self.start) * (self.total / self.done - 1) / 60 if self.done else None
-        tqdm.write(f"--- {name}" + ("" if left is None else f"; about {left:.0f} minutes left"))
+    columns = size_columns(base), quality_columns(base), speed_columns(base, any("note" in row for row in rows))
+    return "\n\n".join([*(markdown(c, rows) for c in columns), conditions])
 
 
 def step_by_step(rows):
-    """What each step of the chains of several did to bits per byte, as Markdown lines."""
+    """Changes of bits per byte at each step of the longer chains, as Markdown lines."""
     bits, lines = {row["name"]: row["bits_per_byte"] for row in rows}, []
-    for name in list(bits)[1:]:                                  # the first is what they were made of
+    for name in list(bits)[1:]:                                  # the first is the model that all were made from
         if "+" in name and not any(other.startswith(name + "+") for other in bits):
             parts = name.split("+")
             values = [rows[0]["bits_per_byte"], *(bits["+".join(parts[:n + 1])] for n in range(len(parts)))]
@@ -154,30 +201,30 @@ def step_by_step(rows):
 
 
 def write_lines(rows, out):
-    """results.jsonl, a line a row."""
-    with replacing_file(out / "results.jsonl") as new:
-        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8",
-                       newline="\n")
+    """Writes results.jsonl, a row a line."""
+    write_text(out / "results.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_report(rows, text, out, shown=()):
-    """results.jsonl (a line a row), report.md and, where matplotlib is installed, tradeoff.png in directory `out`: of
-    all rows, or if they are too many to be told apart of those named in `shown`."""
+    """Writes results.jsonl, report.md and, with matplotlib, tradeoff.png to directory `out`.
+
+    The picture has all rows, or of more than 15 the baseline and those named in `shown`.
+    """
     drawn = [row for row in rows if len(rows) <= 15 or row is rows[0] or row["name"] in shown]
-    far = [row for row in drawn if row["bits_per_byte"] > 2 * rows[0]["bits_per_byte"]]      # they would hide the rest
-    picture = tradeoff([row for row in drawn if row not in far], out) if len(rows) > 1 else False
-    link = "\n\n![bits per byte against file size and against decoding speed](tradeoff.png)" if picture else ""
-    if picture and far:
-        link += f"\n\nNot drawn, at more than twice the baseline's bits per byte: {', '.join(r['name'] for r in far)}."
-    report = f"# {rows[0]['name']} and what was made of it\n\n{text}{link}\n\n    {rows[0]['command']}\n"
+    far = [row for row in drawn if row["bits_per_byte"] > 2 * rows[0]["bits_per_byte"]]      # would hide the others
+    has_picture = len(rows) > 1 and tradeoff([row for row in drawn if row not in far], out)
+    if has_picture:
+        text += "\n\n![bits per byte against file size and against decoding speed](tradeoff.png)"
+    if has_picture and far:
+        text += f"\n\nNot drawn, at more than twice the baseline's bits per byte: {', '.join(r['name'] for r in far)}."
     write_lines(rows, out)
-    with replacing_file(out / "report.md") as new:
-        new.write_text(report, encoding="utf-8", newline="\n")
-    print(f"\nwrote results.jsonl, report.md{' and tradeoff.png' if picture else ''} to {out}")
+    title = f"# {rows[0]['name']} and what was made of it"
+    write_text(out / "report.md", f"{title}\n\n{text}\n\n    {rows[0]['command']}\n")
+    print(f"\nwrote results.jsonl, report.md{' and tradeoff.png' if has_picture else ''} to {out}")
 
 
 def front(points):
-    """Of points (cost, loss), those that no other beats in both, in the order of their cost."""
+    """The Pareto front of points (cost, loss), in the order of cost."""
     best, result = math.inf, []
     for cost, loss in sorted(points):
         if loss < best:
@@ -186,66 +233,36 @@ def front(points):
     return result
 
 
-def label_points(ax, points):
-    """Writes the names of `points` [(name, x, y), ...], each at the place nearest to its point that is free; a line
-    leads to one that is far."""
-    from matplotlib.transforms import Bbox
-    ax.figure.canvas.draw()
-    taken = [Bbox.from_bounds(*(ax.transData.transform((x, y)) - 7), 14, 14) for _, x, y in points]
-    taken += [ax.get_legend().get_window_extent()] if ax.get_legend() else []
-    places = [(dx, dy, "left" if dx > 0 else "right" if dx else "center") for dx, dy in
-              itertools.product(range(-78, 79, 6), range(-90, 91, 6)) if dx or abs(dy) >= 12]
-    for name, x, y in sorted(points, key=lambda point: -point[2]):
-        for dx, dy, side in sorted(places, key=lambda place: math.hypot(place[0], 1.5 * place[1] - 9)):
-            text = ax.annotate(name, (x, y), (dx, dy), textcoords="offset points", fontsize=8, ha=side, va="center")
-            box = text.get_window_extent()
-            inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and ax.bbox.y0 < box.y0 and box.y1 < ax.bbox.y1
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
-            text.remove()
-        taken.append(box)
-        if math.hypot(dx, dy) > 15:
-            ax.annotate("", (x, y), (dx, dy), textcoords="offset points", zorder=1,
-                        arrowprops=dict(arrowstyle="-", color="0.6", lw=0.6, shrinkA=0, shrinkB=0))
-
-
 def tradeoff(rows, out):
-    """Draws tradeoff.png; False if it could not. Left: bits per byte against the file's bytes, right: against decoding
-    speed. The line joins the Pareto front, the models that none beats in both."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("tradeoff.png is skipped: matplotlib is not installed")
+    """Draws tradeoff.png; returns whether it could. A point is a number, the legend has the names.
+
+    Left: bits per byte against bytes of the file, right: against decoding speed. The grey line is
+    the Pareto front.
+    """
+    figure, axes = new_figure("tradeoff.png", 2, (10, 4.8))
+    if not figure:
         return False
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True, layout="constrained")
-    low, high = (f(r["bits_per_byte"] for r in rows) for f in (min, max))
-    pad = max(0.1 * (high - low), 0.005 * high)                  # differences of less than that should look small
-    recovered = any("+recover" in row["name"] for row in rows)
-    for ax, label, cost, sign in ((axes[0], "file, MB", lambda r: r["file_bytes"] / 1e6, 1),
-                                  (axes[1], f"decode, x {rows[0]['name']}", lambda r: r["decode_x"], -1)):
-        line = front([(sign * cost(r), r["bits_per_byte"]) for r in rows])
-        ax.step([sign * x for x, _ in line], [y for _, y in line], where="post", color="0.7", zorder=1,
-                label="best for its cost")
-        ax.axhline(rows[0]["bits_per_byte"], color="tab:orange", linestyle=":", linewidth=1, zorder=0)   # to get under
-        for r in rows:
-            dense = r is rows[0]
-            ax.scatter(cost(r), r["bits_per_byte"], color="tab:orange" if dense else "tab:blue", zorder=2,
-                       marker="*" if dense else "o", s=120 if dense else 30, label="baseline" if dense else None)
+    losses = [row["bits_per_byte"] for row in rows]
+    pad = max(0.1 * (max(losses) - min(losses)), 0.005 * max(losses))          # smaller differences should look small
+    for ax, label, costs, sign in (
+            (axes[0], "file, MB: smaller is to the left", [row["file_bytes"] / 1e6 for row in rows], 1),
+            (axes[1], f"decode, x {rows[0]['name']}: faster is to the right", [row["decode_x"] for row in rows], -1)):
+        best = front((sign * cost, loss) for cost, loss in zip(costs, losses))
+        ax.step([sign * x for x, _ in best], [y for _, y in best], where="post", color="0.7", zorder=1,
+                label="best for the cost")
+        ax.axhline(losses[0], color="tab:orange", linestyle=":", linewidth=1, zorder=0)        # the baseline
+        for i, (row, cost, loss) in enumerate(zip(rows, costs, losses)):
+            ax.scatter(cost, loss, s=130, color="tab:blue" if i else "tab:orange", zorder=2,
+                       edgecolor="white", label=f"{i} {row['name']}")
+            ax.annotate(str(i), (cost, loss), ha="center", va="center", fontsize=7, color="white", zorder=3)
         ax.set(xlabel=label)
-        ax.set_xlim(0, 1.12 * max(map(cost, rows)))
-        ax.set_ylim(low - pad, high + pad)
+        ax.set_xlim(0, 1.12 * max(costs))
+        ax.set_ylim(min(losses) - pad, max(losses) + pad)
         ax.ticklabel_format(axis="y", useOffset=False)
         ax.grid(alpha=0.3)
-    axes[0].set(ylabel="bits per byte (lower is better)", title="smaller is to the left")
-    axes[1].set(title="faster is to the right")
-    axes[1].legend(fontsize=8, title="+r: and a recovery" if recovered else None, title_fontsize=8)
-    for ax, cost in ((axes[0], lambda r: r["file_bytes"] / 1e6), (axes[1], lambda r: r["decode_x"])):
-        label_points(ax, [(re.sub(r"\+recover-\d+", "+r", r["name"]), cost(r), r["bits_per_byte"]) for r in rows])
-    with replacing_file(out / "tradeoff.png") as new:
-        fig.savefig(new, dpi=120, format="png")
-    plt.close(fig)
+    axes[0].set(ylabel="bits per byte (lower is better)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    save_figure(figure, out / "tradeoff.png")
     return True
 
 
@@ -272,3 +289,82 @@ def check_report(args):
     if foreign and not args.overwrite:
         raise UserError(f"--out {out} holds a report already: give another name or --overwrite")
     check_writable(out)
+
+
+class Progress:
+    """Progress of a list of jobs by cost: a bar on a terminal, and a line before each job."""
+    def __init__(self, total):
+        self.bar = tqdm(total=total, desc="sweep", disable=None, bar_format="{l_bar}{bar}| {elapsed}")
+        self.total, self.done, self.now, self.start = total, 0, 0, time.monotonic()
+
+    def next(self, name, cost):
+        """Announces a job, with the minutes that are left once one is finished."""
+        self.done, self.now = self.done + self.now, cost
+        self.bar.update(self.done - self.bar.n)
+        left = ""
+        if self.done:
+            minutes = (time.monotonic() - self.start) * (self.total / self.done - 1) / 60
+            left = f"; about {minutes:.0f} minutes left"
+        tqdm.write(f"--- {name}{left}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out prompts
+
+def evaluation_table(results, groups):
+    """A Markdown table of the results {model: rows of `evaluate`} by groups {name: line numbers}.
+
+    The first model is the baseline. In brackets: 95 % intervals of the difference. A helper a
+    column, therefore many branches.
+    """
+    base = next(iter(results))
+
+    def column(model, lines, key):
+        return torch.tensor([float(results[model][i][key]) for i in lines], dtype=torch.float64)            # (lines,)
+
+    def difference(model, lines, key, form, scale=100, relative=False):
+        if model == base or not lines:
+            return ""
+        own, others = column(model, lines, key), column(base, lines, key)
+        both = lambda at: own[at].sum() / others[at].sum() - 1 if relative else (own[at] - others[at]).mean()
+        low, high = interval(both, len(lines))
+        middle = f"{scale * both(torch.arange(len(lines))):{form}} % " if relative else ""
+        return f"{middle}({scale * low:{form}} ... {scale * high:{form}})"
+
+    def having(model, lines, key):
+        return [i for i in lines if key in results[model][i]]
+
+    def bits_per_byte(model, lines):
+        nats, size = (column(model, lines, key).sum() for key in ("nats", "bytes"))
+        return f"{nats / math.log(2) / max(1, size):.4f}"
+
+    def mean(model, lines, key, form, change="", scale=100):
+        lines = having(model, lines, key)
+        if not lines:
+            return "n/a"
+        shown = f"{column(model, lines, key).mean():{form}}"
+        return f"{shown} {difference(model, lines, key, change, scale)}".rstrip() if change else shown
+
+    def verbatim(model, lines):
+        spans = [results[model][i]["spans"] for i in having(model, lines, "spans")]
+        return f"{sum(s for s, _ in spans) / max(1, sum(n for _, n in spans)):.1%}" if spans else "n/a"
+
+    columns = {"group": lambda row: row[0], "model": lambda row: row[1], "lines": lambda row: f"{len(row[2]):,}",
+               "bits per byte": lambda row: bits_per_byte(*row[1:]),
+               f"to {base}": lambda row: difference(*row[1:], "nats", "+.1f", relative=True),
+               "token-F1": lambda row: mean(*row[1:], "f1", ".3f", "+.3f", 1),
+               "exact match": lambda row: mean(*row[1:], "exact", ".1%"),
+               "right choice": lambda row: mean(*row[1:], "chosen", ".1%", "+.1f"),
+               "verbatim": lambda row: verbatim(*row[1:])}
+    return markdown(columns, [(group, model, lines) for group, lines in groups.items() for model in results], left=2)
+
+
+def evaluation_conditions(lines, answers, max_new_tokens, with_text):
+    """The sentences below evaluation_table; with_text: whether the training text is known."""
+    text = (f"Bits per byte of {lines:,} responses given their prompts, in each model's chat template; token-F1 "
+            f"and exact match of {answers} greedy answers of at most {max_new_tokens} tokens; in brackets 95 % "
+            "intervals of the difference (paired bootstrap over lines).")
+    if with_text:
+        text += (" Overlap: the share of a response's 8-word spans that stand in the training text; verbatim: of an "
+                 "answer's 50-byte spans.")
+    return text

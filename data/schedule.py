@@ -1,56 +1,62 @@
-"""How far a run is: its schedule, its evaluations, and the number of steps that a time budget is.
+"""Progress of a run: the schedule, the evaluations, and the number of steps that fit a time budget.
 
-A time budget becomes steps after the first PLANNED steps, and again just before the learning rate begins to fall: while
-the rate is constant, runs of any length are the same. While it falls the total may still change, every 40 steps. Then
-the rate falls on from where it is, faster or more slowly: `origin` is (step, share of the schedule done) of that change.
+A time budget is converted to steps after the first PLANNED steps, and again just before the
+learning rate decays: while the rate is constant, runs of any length are the same. During the decay
+the total may still change, every 40 steps. Then the rate continues to fall from the present value,
+faster or more slowly: `origin` is (step, share of the schedule done) at the last change.
 """
 from data.machine import from_first, say
 
-PLANNED = 13                          # the step after which a time budget first becomes steps: the first are slower
+PLANNED = 13                          # step after which a time budget first becomes steps: the first steps are slow
 
 
 def share_done(step, total, origin=(0, 0.0)):
-    """The share of the schedule that is done after `step` steps of `total`."""
-    begun, share = origin
-    return share + (1 - share) * (step - begun) / (total - begun)
+    """Share of the schedule that is done after `step` of `total` steps."""
+    begin, share = origin
+    return share + (1 - share) * (step - begin) / (total - begin)
 
 
 def evaluations(step, total, origin, cfg):
-    """How many of a run's evaluations are due by a step."""
+    """Number of the run's evaluations that are due by this step."""
     return int(share_done(step, total, origin) * cfg.evals + 1e-9) if total else 0
 
 
 def new_origin(step, planned, total, origin, falling):
-    """The origin of a run of `planned` steps that has `total` from now on.
+    """The origin of a run of `planned` steps whose total changes to `total` now.
 
-    Where the rate falls, or would jump down, the rate goes on from where it is. Where it has not fallen yet, a longer
-    run is one of that length from the beginning.
+    The rate continues from the present value if it falls already, or would jump down. Otherwise the
+    old origin stays: a longer run at a constant rate has been the same from the beginning.
     """
     return (step, share_done(step, planned, origin)) if planned and (falling or total < planned) else origin
 
 
 def is_falling(step, total, origin, cfg):
-    """Whether the learning rate of the step before this one was below that of the one before it."""
+    """Whether the learning rate has begun to decay before this step."""
     return total > 0 and (cfg.schedule == "cosine" or origin[0] > 0 or step - 1 >= (1 - cfg.decay) * total)
 
 
 def is_due(step, total, falling, cfg):
-    """Whether the time budget is planned again after this step."""
+    """Whether the time budget is converted again after this step."""
     if not total:
         return step >= PLANNED
     return step % 40 == 0 if falling else step >= (1 - cfg.decay) * total
 
 
 def plan(step, total, seconds, step_seconds, eval_cost, cfg, machine, origin=None):
-    """Steps that fit the time budget, of which `seconds` have passed; the same number on every process.
+    """Total number of steps that fits the time budget, the same on every process.
 
-    `total`, the number planned before, stays if it is right to 2 %, or while the rate falls to 8 % of the budget.
-    origin: None before the rate falls
+    The old `total` stays if the new one differs by at most 2 %, or during the decay by at most 8 %
+    of the budget.
+
+    seconds        time used so far
+    step_seconds   time of a step
+    eval_cost      cost of an evaluation, in steps
+    origin         None before the decay
     """
     for evals in range(cfg.evals - (evaluations(step, total, origin, cfg) if origin else 0), 0, -1):
         steps = max(step + 1, int(step + (60 * cfg.minutes - seconds) / step_seconds - evals * eval_cost))
         if origin or evals == cfg.evals - evaluations(step, steps, (0, 0.0), cfg):
-            break
+            break                                    # as many evaluations as this total leaves to do
     steps = from_first(steps)
     if total and abs(steps - total) <= max(1, 0.02 * total if origin is None else 5 * cfg.minutes / step_seconds):
         return total

@@ -1,35 +1,36 @@
-"""Prepared data behind a model: which its history names, and which a step of a chain looks at."""
+"""The data behind a model: the text it was trained on, calibrates on, and is measured on."""
 import contextlib, hashlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data import UserError, heldout
 from data.console import decoded
 from data.files import write_json
-from data.loader import Windows, read_meta, stream_batches
+from data.loader import Batch, Windows, read_meta, stream_batches
 from data.prepare import encode_example, find
 from data.tokenizer import Tokenizer
-from data.tokenizer_files import reencoded
+from data.vocabulary import reencoded
 
 
 def last_training(history):
-    """The entry of the last training in a model's history; {} if it tells of none."""
+    """The entry of the last training in the history of a model; {} if there is none."""
     return next((entry for entry in reversed(history) if "data_sha256" in entry), {})
 
 
 def trained_on(history, smoke, whose="the first model", instead="give --data NAME_OR_DIR (its validation split is "
                "scored) or --text FILE"):
-    """The prepared data that a model's history names, by its hash. Raises UserError if it is not here."""
-    made = last_training(history)
-    if not made:
+    """The prepared data that a history names, found by hash. Raises UserError if it is gone."""
+    entry = last_training(history)
+    if not entry:
         raise UserError(f"the history of {whose} does not say what it was trained on: {instead}")
-    for its_slice in (smoke, not smoke):
+    for is_slice in (smoke, not smoke):
         with contextlib.suppress(UserError):
-            directory = find(made["data"], its_slice)
-            if directory and read_meta(directory)["sha256"] == made["data_sha256"]:
+            directory = find(entry["data"], is_slice)
+            if directory and read_meta(directory)["sha256"] == entry["data_sha256"]:
                 return directory
-    raise UserError(f"{whose} was trained on {made['data']} of sha256 {made['data_sha256'][:12]}, and that is "
+    raise UserError(f"{whose} was trained on {entry['data']} of sha256 {entry['data_sha256'][:12]}, and that is "
                     f"not under data/: {instead}")
 
 
@@ -39,14 +40,15 @@ def calibration_context(model):
 
 
 def calibration_data(model, tokenizer, args):
-    """The directory of prepared data, or the text file, that --calibration or else the model's history names.
+    """The prepared data (a directory) or text file for calibration: --calibration, or the history.
 
     Raises UserError if there is none, or if it was prepared with another tokenizer.
     """
     if not args.calibration:
-        known = trained_on(model.history, args.smoke, "the model", "give --calibration, prepared data or a text file")
-        same = read_meta(known)["tokenizer_hash"] == tokenizer.hash            # not after the step vocab
-        return known if same else in_ids_of(tokenizer, known, Path(args.run) / "data")
+        instead = "give --calibration, prepared data or a text file"
+        directory = trained_on(model.history, args.smoke, "the model", instead)
+        same = read_meta(directory)["tokenizer_hash"] == tokenizer.hash        # not after the step vocab
+        return directory if same else in_ids_of(tokenizer, directory, Path(args.run) / "data")
     if Path(args.calibration).is_file():
         return Path(args.calibration)
     directory = find(args.calibration, args.smoke, "--calibration")
@@ -61,8 +63,36 @@ def calibration_data(model, tokenizer, args):
     return directory
 
 
+def calibration_rows(source, tokenizer, context, count, seed):
+    """(name, Batch of at most `count` windows drawn by `seed`) of a text file or prepared data.
+
+    Of prepared data the training split. Raises UserError for a text shorter than one window.
+    """
+    if not source.is_file():
+        windows = Windows(source, "train", context)
+        return windows.meta["name"], windows.training_rows(seed, 0, min(count, windows.per_epoch))
+    ids = tokenizer.encode_array(decoded(source.read_bytes(), f"--calibration {source}"))
+    if len(ids) <= context:
+        raise UserError(f"--calibration {source} has {len(ids)} tokens, less than one window of {context} and the "
+                        "token after it: name a longer text")
+    starts = np.random.default_rng(seed).permutation((len(ids) - 1) // context)[:count] * context
+    rows = torch.from_numpy(np.stack([ids[i:i + context + 1] for i in starts]).astype(np.int64))
+    return source.name, Batch(rows[:, :-1], rows[:, 1:], None)
+
+
+def id_counts(source, tokenizer):
+    """(counts of ids (V,), name) of a text file, or of the training split of prepared data."""
+    if source.is_file():
+        ids, name = tokenizer.encode_array(decoded(source.read_bytes(), f"--calibration {source}")), source.name
+    else:
+        meta = read_meta(source)
+        ids, name = np.memmap(source / "train.bin", dtype=meta["dtype"], mode="r"), meta["name"]
+    return sum(np.bincount(ids[i:i + 2 ** 24], minlength=tokenizer.vocab_size)
+               for i in range(0, len(ids), 2 ** 24)), name
+
+
 def in_ids_of(tokenizer, directory, place):
-    """Prepared data of another tokenizer, decoded and encoded again with this one, in directory `place`."""
+    """Prepared data of another tokenizer, decoded and encoded again in directory `place`."""
     meta = read_meta(directory)
     if meta["kind"] != "text":
         raise UserError(f"{meta['name']} holds prompts and responses in ids from before vocab: put vocab last, or give "
@@ -78,29 +108,37 @@ def in_ids_of(tokenizer, directory, place):
     return place
 
 
-def scored_text(args, tokenizers, history, context):
-    """(protocol in words, {name: batches}): what is scored, for each of `tokenizers` ({name: Tokenizer}).
+def measuring_flags(parser):
+    """Adds the flags of measuring to a parser, or to a group of one."""
+    add = parser.add_argument
+    add("--escalate", action="store_true", help="of a small and a large model: also both together, the large one for "
+        "the 10, 25 and 50 %% of the tokens that the small one is least sure of")
+    add("--data", metavar="NAME_OR_DIR", help="score the validation split of this prepared data (default: of the data "
+        "that the first model was trained on)")
+    add("--text", metavar="FILE", help="score this text instead, or the responses of this .jsonl")
+    add("--eval-tokens", type=int, metavar="N", default=0, help="score about N: of data spread over the split, of a "
+        "text the first (default: all)")
+    add("--prompt-tokens", type=int, metavar="N", default=0, help="length of the prompt whose prefill is timed "
+        "(default: 256, or the rest of the window)")
+    add("--new-tokens", type=int, metavar="N", default=0, help="tokens decoded on the clock (default: 64, or a quarter "
+        "of the smallest window)")
+    add("--rounds", type=int, metavar="N", default=5, help="how often each model is timed (default: 5)")
+    add("--threads", type=int, metavar="N", default=0, help="of the CPU (default: torch's choice)")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="to measure on")
 
-    --text FILE is one stream of ids, without a token that begins it; --eval-tokens takes its beginning. Of a .jsonl
-    FILE the responses are scored, given their prompts, in each model's chat template. Prepared data is scored as
-    train.py does, --eval-tokens spread over the split; but where tokenizers differ the beginning of its text, or all
-    its responses, encoded by each. Raises UserError where that cannot be.
+
+def scored_text(args, tokenizers, history, context):
+    """(protocol in words, {name: batches}): the text to score, for tokenizers {name: Tokenizer}.
+
+    --text FILE is one stream of ids without a start token; --eval-tokens takes the beginning. Of a
+    .jsonl FILE the responses are scored, given the prompts, in the chat template of each model.
+    Prepared data is scored as train.py does, with --eval-tokens spread over the split. Where the
+    tokenizers differ, each encodes the beginning of the text, or all responses. Raises UserError.
     """
     first, limit = next(iter(tokenizers.values())), args.eval_tokens
     windows = f"windows of {context} tokens and the one after each"
-
-    def responses(file, flag):
-        lines = heldout.read(file, flag)
-        encoded = lambda tokenizer: [encode_example(tokenizer, line.prompt, line.response) for line in lines]
-        if limit:                                            # the same lines for all, spread: a file's parts differ
-            share = min(1.0, limit / sum(len(ids) for ids, _ in encoded(first)))
-            count = max(1, int(share * len(lines)))
-            lines = [lines[i * len(lines) // count] for i in range(count)]
-        return (f"{len(lines):,} responses of {Path(file).name} given their prompts, {windows}",
-                {name: list(Windows.of(encoded(tokenizer), context).evaluation_batches(max(1, 8192 // context)))
-                 for name, tokenizer in tokenizers.items()})
     if args.text and args.text.endswith(".jsonl"):
-        return responses(args.text, "--text")
+        return scored_responses(args.text, "--text", tokenizers, limit, context, windows)
     others = [name for name, tokenizer in tokenizers.items() if tokenizer.hash != first.hash]
     if args.text:
         data = Path(args.text).read_bytes()
@@ -109,14 +147,13 @@ def scored_text(args, tokenizers, history, context):
         ids = first.encode_array(text)
         streams = {name: tokenizers[name].encode_array(text) for name in others}
     else:
-        directory = find(args.data, args.smoke) if args.data else trained_on(history, args.smoke)
-        if directory is None:
-            raise UserError(f"--data {args.data} is not prepared yet: python data/prepare.py {args.data}")
+        directory = scored_directory(args, history)
         split = Windows(directory, "val", context)
         protocol = f"validation split of {split.meta['name']} (sha256 {split.meta['sha256'][:12]})"
-        if split.mask is not None and (others or split.meta["tokenizer_hash"] != first.hash):
-            return responses(directory / "val.jsonl", "--data")
-        if split.meta["tokenizer_hash"] != first.hash:
+        same = split.meta["tokenizer_hash"] == first.hash
+        if split.mask is not None and (others or not same):
+            return scored_responses(directory / "val.jsonl", "--data", tokenizers, limit, context, windows)
+        if not same:
             raise UserError(f"--data {directory.name} was prepared with another tokenizer than the first model's: "
                             f"prepare it with data/prepare.py --tokenizer {args.measure[0]}, or give --text FILE")
         if not others:
@@ -133,6 +170,27 @@ def scored_text(args, tokenizers, history, context):
     return f"{protocol}, {windows}", batches
 
 
+def scored_directory(args, history):
+    """The prepared data of --data, or in the history of a model. Raises UserError."""
+    directory = find(args.data, args.smoke) if args.data else trained_on(history, args.smoke)
+    if directory is None:
+        raise UserError(f"--data {args.data} is not prepared yet: python data/prepare.py {args.data}")
+    return directory
+
+
+def scored_responses(file, flag, tokenizers, limit, context, windows):
+    """Like `scored_text`, for the responses in a .jsonl file, of about `limit` tokens."""
+    lines, first = heldout.read(file, flag), next(iter(tokenizers.values()))
+    encoded = lambda tokenizer: [encode_example(tokenizer, line.prompt, line.response) for line in lines]
+    if limit:                                                    # the same lines for all, spread: a file's parts differ
+        share = min(1.0, limit / sum(len(ids) for ids, _ in encoded(first)))
+        count = max(1, int(share * len(lines)))
+        lines = [lines[i * len(lines) // count] for i in range(count)]
+    return (f"{len(lines):,} responses of {Path(file).name} given their prompts, {windows}",
+            {name: list(Windows.of(encoded(tokenizer), context).evaluation_batches(max(1, 8192 // context)))
+             for name, tokenizer in tokenizers.items()})
+
+
 def seed_of(history):
-    """The seed of the last step that drew anything: measuring itself draws nothing."""
+    """The seed of the last step that had one, as measuring has none; else None."""
     return next((entry["seed"] for entry in reversed(history) if "seed" in entry), None)

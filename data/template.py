@@ -1,16 +1,28 @@
 """
-Chat templates of strangers, rendered in a second process with limits on time and memory.
+Chat templates: ours, and those of strangers, rendered in a second process with limits.
 
-A chat template is a program that comes with a model, written in Jinja. Jinja's sandbox keeps the program away from
-files and from Python. It does not keep the program from running for ever, or from filling the memory. A second process
-can be stopped, so `render` starts `python data/template.py` once and asks it: one line of JSON for many texts, as a
-question and its answer take as long as twenty texts.
+A chat template is a program in Jinja that comes with a model. Jinja's sandbox keeps the program
+away from files and from Python, but cannot stop an endless loop or limit the memory. A process can
+be stopped, so `render` starts `python data/template.py` once and sends it requests: one line of
+JSON for many texts, because a request and its reply take as long as twenty texts.
 """
 
-import atexit, contextlib, datetime, faulthandler, functools, json, os, signal, subprocess, sys
+import atexit, contextlib, datetime, faulthandler, functools, json, os, re, signal, subprocess, sys
 import threading
 
-SECONDS = 5  # for TEXTS of them; real templates take less than a millisecond for one
+# Trainers learn the text between the generation marks: the assistant's words and the end token.
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+          "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+          "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+# For tokenizers without chat tokens. No space ends the prompt: " The" is one token.
+PLAIN = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'Assistant:' }}{% generation %}"
+         "{{ ' ' + m['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"
+         "{% elif m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\n' }}"
+         "{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
+         "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
+
+SECONDS = 5  # for TEXTS texts; real templates take less than a millisecond for one
 TEXTS = 100
 MEMORY = 512 << 20  # bytes of address space of the second process (Linux; other systems have no such limit)
 LIMITS = f"it takes more than {SECONDS} seconds or {MEMORY >> 20} MB; take another template"
@@ -23,7 +35,7 @@ def compiled(template):
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(Extension):  # {% generation %} marks the words of the assistant; it adds nothing to the text
+    class Generation(Extension):  # {% generation %} marks the words of the assistant and adds no text
         tags = {"generation"}
 
         def parse(self, parser):
@@ -40,21 +52,24 @@ def compiled(template):
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    env.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the class: its methods change things
+    env.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the class: its methods can change objects
     return env.from_string(template)
 
 
-def answer(template, names, each=lambda i: None):
-    """{"texts": ...}, or {"error": the reason}: a stranger's program can fail in any way. each(i) comes before text i."""
+def answer(template, variables, before=lambda i: None):
+    """Renders a template with each dict of `variables`: {"texts": [...]}, or {"error": reason}.
+
+    before(i) is called before text i.
+    """
     try:
         texts = []
-        for i, values in enumerate(names):
-            each(i)
+        for i, values in enumerate(variables):
+            before(i)
             texts.append(compiled(template).render(values))
         return {"texts": texts}
     except MemoryError:
         return {"error": LIMITS}
-    except Exception as e:
+    except Exception as e:  # a stranger's program can fail in any way
         return {"error": " ".join(str(e).split())[:300] or type(e).__name__}
 
 
@@ -65,13 +80,13 @@ def serve():
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin.buffer:
-        seconds, template, names = json.loads(line)
+        seconds, template, variables = json.loads(line)
 
         def watch(i):
             if i % TEXTS == 0:
-                faulthandler.dump_traceback_later(seconds, exit=True)  # a thread in C: Python cannot hold it up
+                faulthandler.dump_traceback_later(seconds, exit=True)  # a thread in C, which Python cannot delay
         try:
-            reply = json.dumps(answer(template, names, watch))
+            reply = json.dumps(answer(template, variables, watch))
         except MemoryError:
             reply = json.dumps({"error": LIMITS})
         faulthandler.cancel_dump_traceback_later()
@@ -80,18 +95,18 @@ def serve():
 
 
 class Second:
-    """The second process of this one, started when it is first asked, and again after it ended."""
+    """The second process, started at the first request, and again after an end."""
 
     def __init__(self):
         self.process, self.owner, self.lock = None, None, threading.Lock()
 
     def ask(self, request):
-        """The answer to a request, both bytes without a newline; b"" if the process ended over it."""
+        """The reply to a request, both bytes without newlines; b"" if the process ended."""
         with self.lock:
             if self.process is None or self.owner != os.getpid():  # a fork must not share the pipes
-                self.process, self.owner = subprocess.Popen(
-                    [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL), os.getpid()
+                self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
+                                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                self.owner = os.getpid()
             reply = b""
             try:
                 with contextlib.suppress(OSError):
@@ -99,11 +114,12 @@ class Second:
                     self.process.stdin.flush()
                     reply = self.process.stdout.readline()
             finally:
-                if not reply:  # it ended, or Ctrl-C came in between and the answer would be taken for the next one's
+                if not reply:  # after Ctrl-C too, or the next request would get this reply
                     self.stop()
             return reply
 
     def stop(self):
+        """Ends the process, if this process started it."""
         if self.process is not None and self.owner == os.getpid():
             self.process.kill()
             with contextlib.suppress(OSError):
@@ -115,19 +131,26 @@ second = Second()
 atexit.register(second.stop)
 
 
-def render(template, names, trusted=False):
-    """The texts that a template makes of each dict in `names`; a trusted template runs in this process.
+def render(template, variables):
+    """Renders a template once for each dict in `variables`. Returns a list of str.
 
-    Raises ValueError with the reason if the template fails.
+    Our own templates run in this process. Raises ValueError with the reason if the template fails.
     """
-    if trusted:
-        reply = answer(template, names)
+    if template in (CHATML, PLAIN):
+        reply = answer(template, variables)
     else:
-        line = second.ask(json.dumps([SECONDS, template, names]).encode("ascii"))
+        line = second.ask(json.dumps([SECONDS, template, variables]).encode("ascii"))
         reply = json.loads(line) if line else {"error": LIMITS}
     if "error" in reply:
         raise ValueError(reply["error"])
     return reply["texts"]
+
+
+def shows(text, content):
+    """Whether a text holds a message's content, as JSON or without spaces, marks and case."""
+    squeeze = lambda x: re.sub(r"[\W_]+", "", x).casefold()
+    return (content.strip() in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
+            or squeeze(content) != "" and squeeze(content) in squeeze(text))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Values from JSON files: a table says which types and ranges may be, before a value takes memory or begins a loop."""
+"""Values from JSON files, checked by a table of types and ranges before they are used."""
 from data import UserError
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list",
@@ -6,11 +6,11 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def check_values(values, table, where, needed=()):
-    """Raises UserError for the first value that is missing or is not as the table says.
+    """Raises UserError for the first value that is missing or not as the table says.
 
-    values  a dict; what the table does not name may be anything
-    table   {name: (type,)}, or (type, smallest, largest) of numbers. [type] is a list of that type
-    where   the beginning of the sentence: the file
+    values  a dict; names outside the table may have any value
+    table   {name: (type,)}, or (type, smallest, largest) for numbers; [type]: a list of that type
+    where   the file, for the message
     needed  names that must be there
     """
     for name in (*needed, *table):
@@ -20,13 +20,13 @@ def check_values(values, table, where, needed=()):
             kind, *limits = table[name]
             words = f"a list, each item {WORDS[kind[0]]}" if isinstance(kind, list) else WORDS[kind]
             words += f" from {limits[0]:,} to {limits[1]:,}" if limits else ""
-            shown = repr(values[name])
-            shown = shown if len(shown) < 80 else shown[:76] + " ..."
-            raise UserError(f"{where}: {name} is {shown}; it must be {words}")
+            text = repr(values[name])
+            text = text if len(text) < 80 else text[:76] + " ..."
+            raise UserError(f"{where}: {name} is {text}; it must be {words}")
 
 
 def fits(value, kind, *limits):
-    """Whether a value has the type and lies in the range. A whole number is a number, true and NaN are none."""
+    """Whether a value has the type and is in range. int counts as float; bool and NaN do not."""
     if isinstance(kind, list):
         return type(value) is list and all(fits(item, kind[0], *limits) for item in value)
     right = type(value) in ((int, float) if kind is float else (kind,))

@@ -21,7 +21,7 @@ import torch
 import compress
 import sample
 from data import UserError, native
-from data.checkpoints import whole
+from data.checkpoints import find_model
 from data.hub import config_from_hub, read_config
 from data.speed import one_turn
 from model import Config, load
@@ -85,7 +85,7 @@ def contenders(directory, work, threads, context):
     found |= {name: (functools.partial(ours, m), weight_bytes(m)) for name, m in models.items()}
     with contextlib.suppress(ImportError):
         from transformers import AutoModelForCausalLM
-        model = AutoModelForCausalLM.from_pretrained(whole(directory), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(find_model(directory), dtype=torch.float32).eval()
         found["transformers float32"] = functools.partial(theirs, model), weight_bytes(models["float32"])
     try:
         from llama_cpp import Llama
@@ -110,7 +110,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as work:
-        config = Config(**config_from_hub(read_config(whole(args.model)), Config))
+        config = Config(**config_from_hub(read_config(find_model(args.model)), Config))
         new = min(args.new, config.max_position_embeddings // 4)
         prompt = min(args.prompt, config.max_position_embeddings - new - 1)
         all_of_them = contenders(args.model, Path(work), args.threads, prompt + new + 1)

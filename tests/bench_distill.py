@@ -6,8 +6,8 @@
     python tests/bench_distill.py stdlib --teacher DIR --steps 400          # a teacher you have, a number of steps
 
 For each corpus: a teacher; what twice its time would give; for each seed a student with cached labels and the control
-of the same time; then, at equal steps on equal text, the online teacher, its sampled cache, and top-k of the same
-bytes; at last early exits. Runs are kept in --work, and those that are there are not run again.
+of the same time; then, at equal steps on equal text, the online teacher and its sampled cache; at last early exits.
+Runs are kept in --work, and those that are there are not run again.
 """
 import argparse, functools, itertools, json, statistics, subprocess, sys, time
 from pathlib import Path
@@ -79,12 +79,11 @@ def proof(name, data, teacher, args, work):
 
 
 def fidelity(name, data, teacher, args, work):
-    """Online, sampled and top-k at equal steps on equal text, without cross-entropy's help."""
+    """Online and sampled at equal steps on equal text, without cross-entropy's help."""
     common = (teacher, "--data", data, "--steps", args.fidelity_steps, "--pool", args.fidelity_steps * 1024 // 3,
               "--hard-weight", 0, "--evals", 1, *args.flags)
     runs = {"online teacher": command("distill.py", work / "online", *common),
-            "sampled cache": command("distill.py", work / "sampled", *common, "--cache"),
-            "top-k cache": command("distill.py", work / "topk", *common, "--cache", "--cache-labels", "topk")}
+            "sampled cache": command("distill.py", work / "sampled", *common, "--cache")}
     print(f"\n### {name}: {args.fidelity_steps} steps on the same text, weight of cross-entropy 0\n")
     print("| labels | bytes a token | validation loss, nats a token | to online |\n|---|---|---|---|")
     losses = {label: load(run).history[-1]["val_loss"] for label, run in runs.items()}
@@ -105,17 +104,17 @@ def exits(name, data, teacher, args, work):
     print("| | guesses taken | decode, x plain | tokens as plain | bits per byte of the model |\n|---|---|---|---|---|")
     for label, model, its in (("before", accelerate(load(teacher)), teacher),
                               ("after --exits 1", accelerate(load(run)), run)):
-        pace, ratios, equal = sample.Pace(), [], 0
+        length, ratios, equal = sample.DraftLength(), [], 0
         for ids in prompts:
             times, texts = [], []
             draft = sample.first_layers(model, 1)
-            for write in (sample.generate, functools.partial(sample.speculate, draft=draft, pace=pace)):
+            for write in (sample.generate, functools.partial(sample.speculate, draft=draft, length=length)):
                 start = time.perf_counter()
                 texts.append([int(i) for i in write(model, ids=ids, max_new_tokens=96, temperature=0)])
                 times.append(time.perf_counter() - start)
             ratios.append(times[0] / times[1])
             equal += texts[0] == texts[1]
-        print(f"| {label} | {pace.taken / max(1, pace.guessed):.0%} | {statistics.median(ratios):.2f} | "
+        print(f"| {label} | {length.accepted / max(1, length.guessed):.0%} | {statistics.median(ratios):.2f} | "
               f"{equal} of {len(prompts)} texts | {bits(its):.4f} |", flush=True)
 
 

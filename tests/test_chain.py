@@ -43,8 +43,7 @@ def root(tmp_path_factory):
 def quick(root, monkeypatch):
     """Beside the data, where its name finds it; no time spent on what the machine can do, nor on each row's peak."""
     monkeypatch.chdir(root)
-    for module in (machine, train):
-        monkeypatch.setattr(module, "matmul_rate", lambda *args: 1e9)
+    monkeypatch.setattr(machine, "matmul_rate", lambda *args: 1e9)
     monkeypatch.setattr(measure, "peak_alone", lambda *args: (2_000_000, 1_000_000))
 
 
@@ -61,7 +60,7 @@ def loss_of(model, root):
 # --- how steps and chains are written ---
 
 @pytest.mark.parametrize("text, want", [
-    ("width:0.75", ("width", "0.75", compress.STEPS["width"].methods[0])), ("ffn:.5:magnitude", ("ffn", "0.5", "magnitude")),
+    ("width:0.75", ("width", "0.75", "pca")), ("ffn:.5:magnitude", ("ffn", "0.5", "magnitude")),
     ("sparse:2of4:wanda", ("sparse", "2of4", "wanda")), ("recover:0300", ("recover", "300", "taught")),
     ("recover:5:text", ("recover", "5", "text")), ("int4:gptq", ("int4", "32", "gptq")), ("vocab:1", ("vocab", "1.0", ""))])
 def test_steps(text, want):
@@ -208,7 +207,7 @@ def test_a_chain_that_was_stopped_goes_on(root, tmp_path, monkeypatch, capsys):
         run(root / "dense", *chain, "--lr", "2e-3", "--resume", "--out", tmp_path / "m")
     with pytest.raises(UserError, match="m.stages was begun with model .*: give the same flags"):
         run(tmp_path / "whole", "dequantize", "int8", "--resume", "--out", tmp_path / "m")
-    monkeypatch.setattr(compress, "cut", lambda *args: cuts.append(args))              # it must not be called again
+    monkeypatch.setattr(compress, "slice_model", lambda *args: cuts.append(args))              # it must not be called again
     run(root / "dense", *chain, "--resume", "--out", tmp_path / "m")
     assert not cuts and sorted(p.name for p in tmp_path.iterdir()) == ["m", "whole"]
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -240,7 +239,7 @@ def test_a_sweep_that_was_stopped_goes_on(root, tmp_path, monkeypatch, capsys):
         run(*command)
     monkeypatch.setattr(measure, "measure", lambda models, *args, **more: measured.append(list(models)[1]) or whole(models, *args, **more))
     monkeypatch.setattr(train, "fit", None)                                            # nothing is trained again
-    monkeypatch.setattr(compress, "cut", None)
+    monkeypatch.setattr(compress, "slice_model", None)
     run(*command, "--resume")
     names = ["dense", "ffn-0.67", "ffn-0.67+recover-4", "ffn-0.67+recover-4+int8", "sparse-0.5"]
     text = (tmp_path / "s" / "results.jsonl").read_text(encoding="utf-8")

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import UserError, corpora
-import data.prepare as prepare_module
+from data import UserError, corpora, encoding
 from data.prepare import find, prepare
 from data.tokenizer import GUARD, SPECIALS, Tokenizer
-from data.tokenizer_files import merges_of, tokenizer_json
+from data.vocabulary import merges_of, tokenizer_json
 
 ROOT = Path(__file__).resolve().parent.parent
 HARD = ["", "\n", "a\r\nb\r\n\r\n", "日本語のテキスト。123", "👩‍👩‍👧 e\u0301\u0323 \u200d ﷽", "\x00\x7f\u0085\u2028\ufeff",
@@ -351,8 +350,8 @@ def test_interrupted_at_any_time_the_old_dataset_stays(tmp_path, monkeypatch):
 @pytest.fixture
 def corpus(tmp_path, texts, monkeypatch):
     """prepare()'s arguments by kind of data, with steps so small that there are about a hundred."""
-    monkeypatch.setattr(prepare_module, "TASK", 2000)
-    monkeypatch.setattr(prepare_module, "SAVE_EVERY", 5)
+    monkeypatch.setattr(encoding, "TASK", 2000)
+    monkeypatch.setattr(encoding, "SAVE_EVERY", 5)
     monkeypatch.setattr(corpora, "PIECE", 3000)
     (tmp_path / "in").mkdir()
     for i in range(12):
@@ -373,10 +372,10 @@ def contents(directory):
 def test_killed_at_any_time_the_same_command_goes_on_to_the_same_bytes(corpus, kind, tmp_path, monkeypatch, capsys):
     arguments, out = corpus[kind], tmp_path / "out"
     whole = contents(prepare(**arguments, out=tmp_path / "whole"))
-    encode, encoded = prepare_module.encode, []
-    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import data.prepare as p; p.TASK, p.SAVE_EVERY = 2000, 5; "
-            "p.corpora.PIECE = 3000; from pathlib import Path, PosixPath, WindowsPath; encode = p.encode; "
-            "p.encode = lambda *a: time.sleep(0.02) or encode(*a); "          # so that the kill finds it at work
+    encode, encoded = encoding.encode, []
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import data.prepare as p; from data import encoding as e; e.TASK, e.SAVE_EVERY = 2000, 5; "
+            "p.corpora.PIECE = 3000; from pathlib import Path, PosixPath, WindowsPath; encode = e.encode; "
+            "e.encode = lambda *a: time.sleep(0.02) or encode(*a); "          # so that the kill finds it at work
             "p.prepare(**eval(sys.argv[2]), out=Path(sys.argv[3]))")
     tasks = 0
     for _ in range(2):
@@ -390,7 +389,7 @@ def test_killed_at_any_time_the_same_command_goes_on_to_the_same_bytes(corpus, k
         process.kill()
         assert process.wait() not in (0, 1), "it came to its end before it was killed"
     assert tasks >= 20 and not out.exists()
-    monkeypatch.setattr(prepare_module, "encode", lambda *a: encoded.append(1) or encode(*a))
+    monkeypatch.setattr(encoding, "encode", lambda *a: encoded.append(1) or encode(*a))
     capsys.readouterr()
     assert contents(prepare(**arguments, out=out)) == whole
     said = capsys.readouterr().out
@@ -403,7 +402,7 @@ def test_killed_at_any_time_the_same_command_goes_on_to_the_same_bytes(corpus, k
 
 def test_what_does_not_fit_what_is_there_begins_anew(corpus, tmp_path, monkeypatch):
     """A file that changed, another flag, files cut by a power failure: never a mixture."""
-    arguments, encode, calls = {**corpus["text"], "vocab_size": None, "tokenizer": "bytes"}, prepare_module.encode, []
+    arguments, encode, calls = {**corpus["text"], "vocab_size": None, "tokenizer": "bytes"}, encoding.encode, []
 
     def interrupted():
         def stop(*a):
@@ -413,7 +412,7 @@ def test_what_does_not_fit_what_is_there_begins_anew(corpus, tmp_path, monkeypat
             return encode(*a)
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(prepare_module, "encode", stop)
+            patch.setattr(encoding, "encode", stop)
             prepare(**arguments, out=tmp_path / "out", overwrite=True)
         assert json.loads((tmp_path / ".out.part" / "progress.json").read_text(encoding="utf-8"))["tasks"] >= 20
 

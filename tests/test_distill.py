@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import distill, sample, train
 from data import UserError
-from data.labels import Cache, Taught
+from data.labels import Cache, LabelledBatch, systematic
 from data.loader import IGNORE, Batch, Windows
 from data.machine import Machine, Threads
 from data.measure import compare
@@ -189,10 +189,11 @@ def test_attention_map_is_what_attention_does():
     attention = model.model.layers[0].self_attn
     attention.register_forward_hook(lambda m, args, out: seen.update(args=args, out=out))
     for segments in (None, torch.tensor([[0] * 6 + [1] * 10] * 3)):
-        model(ids_of().ids, segments=segments)
+        model(ids_of().ids, segments=segments, hidden=(hidden := []))
         x, rotary, mask, _ = seen["args"]
+        states = distill.States(model.model.layers, hidden, rotary, [mask])
         v = attention.v_proj(x).view(3, 16, 2, 16).transpose(1, 2)
-        y = (distill.attention_map(attention, x, rotary, mask).exp() @ v).transpose(1, 2).reshape(3, 16, 32)
+        y = (distill.attention_map(states, 0).exp() @ v).transpose(1, 2).reshape(3, 16, 32)
         assert (attention.o_proj(y) - seen["out"]).abs().max() < 1e-4
 
 
@@ -211,7 +212,7 @@ def test_expected_counts_and_gradient_of_sampled_labels_are_the_full_ones():
     g = torch.Generator().manual_seed(0)
     teacher, student, n, draws = torch.randn(1, 40, generator=g) * 2, torch.randn(1, 40, generator=g), 20_000, 7
     p = teacher.softmax(1)
-    ids, counts, lengths = distill.systematic(p.expand(n, -1), draws, g)
+    ids, counts, lengths = systematic(p.expand(n, -1), draws, g)
     rows = torch.repeat_interleave(torch.arange(n), lengths)
     dense = torch.zeros(n, 40).index_put_((rows, ids), counts.float())
     assert (dense.sum(1) == draws).all() and (dense - draws * p).abs().max() < 1              # rounded down or up
@@ -222,7 +223,6 @@ def test_expected_counts_and_gradient_of_sampled_labels_are_the_full_ones():
     _, grads = distill.sparse_targets(torch.arange(40).expand(n, -1), weights, metrics)(student.expand(n, -1), slice(0, n))
     full = distill.divergence(student, teacher)[1][0]
     assert (grads.mean(0) - full).abs().max() < 0.01 * full.abs().max()
-
 
 
 @pytest.fixture(scope="session")
@@ -236,7 +236,7 @@ def test_cached_rows_are_the_teachers_labels_of_those_rows(teacher, data, cached
     header = json.loads((cached / "cache" / "header.json").read_text())
     assert header["bytes_per_token"] <= 40 and header["tokens"] == header["windows"] * 32
     wanted = {k: header[k] for k in ("teacher", "windows", "context")}
-    cache, windows = Cache(cached / "cache", wanted), distill.narrowed(Windows(data, "train", 32), header["windows"], 0)
+    cache, windows = Cache(cached / "cache", wanted), Windows(data, "train", 32).subset(header["windows"], 0)
     rows = cache.rows(windows, 0, 14, 5, 0.25)
     text = windows.training_rows(0, 14, 5)
     assert torch.equal(rows.ids, text.ids) and torch.equal(rows.labels[..., 0], text.targets)
@@ -251,7 +251,7 @@ def test_cached_labels_of_masked_examples_are_at_all_that_is_learned_and_only_th
     go(qa_teacher, examples, tmp_path / "run", "--steps", 4, "--cache", "--context", context)
     header = json.loads((tmp_path / "run" / "cache" / "header.json").read_text())
     cache = Cache(tmp_path / "run" / "cache", {k: header[k] for k in ("windows", "context")})
-    rows = cache.rows(distill.narrowed(Windows(examples, "train", context), header["windows"], 0), 0, 0, 4, 0.3)
+    rows = cache.rows(Windows(examples, "train", context).subset(header["windows"], 0), 0, 0, 4, 0.3)
     assert torch.allclose(rows.weights.sum(2), (rows.targets != IGNORE).float()) and header["tokens"] < header["windows"] * context
 
 
@@ -385,7 +385,7 @@ def test_rows_the_student_writes(teacher, data):
     assert torch.equal(taught.ids[mine][:, 8:], taught.targets[mine][:, 7:-1]) and not torch.equal(taught.ids[mine], text.ids[mine])
     assert all(torch.equal(a[5:8], b) for a, b in zip((taught.ids, taught.targets), rows(5, 3)))  # whatever the accumulation
     hard = loss_of(load(teacher), student, [0] * 4, 259, hard_weight=0.5)(student, taught)[2]["ce"].item()
-    kept = Taught(*taught._replace(targets=taught.targets.masked_fill(taught.sampled, IGNORE)))
+    kept = LabelledBatch(*taught._replace(targets=taught.targets.masked_fill(taught.sampled, IGNORE)))
     assert abs(hard - loss_of(load(teacher), student, [0] * 4, 259, hard_weight=0.5)(student, kept)[2]["ce"].item()) < 1e-2
 
 
@@ -409,10 +409,10 @@ def test_greedy_speculation_is_plain_generation_past_the_window(settings):
     model = tiny(0, layers=4, max_position_embeddings=40).eval()
     ids = ids_of().ids[:1]
     for draft, least in ((sample.first_layers(model, 2), 0), (model, 1)):
-        pace = sample.Pace()
+        length = sample.DraftLength()
         plain = [int(i) for i in sample.generate(model, ids, 100, vocab_size=60, temperature=0, **settings)]
-        guessed = [int(i) for i in sample.speculate(model, draft, ids, 100, vocab_size=60, temperature=0, pace=pace, **settings)]
-        assert plain == guessed and pace.taken >= least * pace.guessed
+        guessed = [int(i) for i in sample.speculate(model, draft, ids, 100, vocab_size=60, temperature=0, length=length, **settings)]
+        assert plain == guessed and length.accepted >= least * length.guessed
     stop = plain[37]
     assert [int(i) for i in sample.speculate(model, draft, ids, 100, stop=[stop], vocab_size=60, temperature=0, **settings)] == \
         plain[:plain.index(stop) + 1]

@@ -22,15 +22,16 @@ sys.path.insert(0, sys.argv[1])
 import train
 from data import UserError, machine
 from data.console import run
+from data.runs import Log
 folder, rank = sys.argv[2], os.environ["RANK"]
 open(f"{folder}/{rank}.pid", "w").write(str(os.getpid()))
-jobs, write, stop = json.load(open(f"{folder}/jobs.json")), train.Log.write, 0
+jobs, write, stop = json.load(open(f"{folder}/jobs.json")), Log.write, 0
 def log(self, **line):
     write(self, **line)
     if line["step"] == stop and "loss" in line and rank == "0":
         signal.raise_signal(signal.SIGINT)
-train.Log.write, train.picture, train.show_sample = log, lambda *_: None, lambda *_: None
-train.matmul_rate = machine.matmul_rate = lambda *_: 1e9
+Log.write, train.picture, train.show_sample = log, lambda *_: None, lambda *_: None
+machine.matmul_rate = lambda *_: 1e9
 end = dist.destroy_process_group
 dist.destroy_process_group = lambda: None                                          # one group for all jobs
 if len(jobs) > 1:
@@ -79,7 +80,7 @@ def runs(data, tmp_path_factory):
     folder, patch, write = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch(), Log.write
     flags = lambda name, *more: ["--data", data, "--out", folder / name, *TINY, *more]
     alone = lambda *flags: train.main(list(map(str, flags)))
-    for name in ("picture", "show_sample", "matmul_rate"):
+    for name in ("picture", "show_sample"):
         patch.setattr(train, name, lambda *_: 1e9)
     patch.setattr(machine, "matmul_rate", lambda *_: 1e9)
     adamw = ("--optimizer", "adamw", "--tie", "--weight-decay", 0.1, "--kv-heads", 1)

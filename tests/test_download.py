@@ -138,7 +138,7 @@ def test_ctrl_c_keeps_what_came(server, tmp_path):
     if os.name == "nt":
         pytest.skip("no SIGINT to send")
     server.moods = ["stalls"]
-    code = "import signal, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from data import download, run; " \
+    code = "import signal, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from data import download; from data.console import run; " \
            "signal.signal(signal.SIGINT, signal.default_int_handler); " \
            "run(lambda: download.download(sys.argv[2], Path(sys.argv[3])))"
     # A background shell ignores Ctrl-C, and its children inherit that: hence the handler.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as model_module
-import sample, train
+import compress, sample, train
 from data import UserError, native
 from data.console import say_once
 from data.machine import accelerate
@@ -207,3 +207,81 @@ def test_flags_of_a_fork(capsys):
     with pytest.raises(SystemExit):
         train.parse(Forked, "", ["--help"])
     assert "--z-loss" in capsys.readouterr().out
+
+
+# --- what does not know a fork's tensors refuses them by name ---
+
+class Gated(Attention):
+    """Attention with a gate for each head, a parameter that no table knows."""
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.gate = nn.Parameter(torch.ones(config.num_attention_heads))
+
+    def mix(self, x, rotary, mask, cache=None):
+        y = super().mix(x, rotary, mask, cache)
+        return (y.unflatten(-1, (len(self.gate), -1)) * self.gate[:, None]).flatten(-2)
+
+
+class Projected(Attention):
+    """Attention with a linear layer that no table knows; it is the identity."""
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.gate = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def mix(self, x, rotary, mask, cache=None):
+        return super().mix(self.gate(x), rotary, mask, cache)
+
+
+@pytest.fixture
+def forked(tmp_path, monkeypatch):
+    """A function of a subclass of Attention and the steps of a chain, which it runs on a tiny model of that class."""
+    (tmp_path / "text.txt").write_text("".join(f"def f{i}(x):\n    return x + {i % 7}\n" for i in range(300)), encoding="utf-8")
+
+    def make(attention, *steps):
+        monkeypatch.setattr(model_module, "Attention", attention)
+        model = build()
+        for block in model.model.layers if attention is Projected else ():
+            block.self_attn.gate.weight.data = torch.eye(64)
+        save(model, tmp_path / "model", Tokenizer.from_bytes())
+        calibration = ["--calibration", str(tmp_path / "text.txt"), "--calibration-windows", "4"]
+        with_text = any(step.endswith(("gptq", "sparsegpt", "activation", "pca", "influence")) for step in steps)
+        compress.main([str(tmp_path / "model"), *steps, "--out", str(tmp_path / "out"), "--overwrite",
+                       *(calibration if with_text else ())])
+        return load(tmp_path / "out")
+    return make
+
+
+@pytest.mark.parametrize("attention", [Gated, Projected])
+@pytest.mark.parametrize("step", ["width:0.75:pca", "width:0.75:magnitude", "ffn:0.5:activation", "heads:0.5:magnitude"])
+def test_slicing_refuses_a_tensor_without_axes(attention, step, forked):
+    with pytest.raises(UserError, match="compress.py does not know self_attn.gate: add it to AXES"):
+        forked(attention, step)
+
+
+def test_a_layer_called_as_a_known_one_is_not_taken_for_it(forked):
+    class Renamed(Attention):
+        def __init__(self, config, layer):
+            super().__init__(config, layer)
+            self.gate_proj = nn.Linear(config.hidden_size, 96, bias=False)       # the name of a layer of the MLP
+
+    with pytest.raises(UserError, match="compress.py does not know self_attn.gate_proj: add it to AXES"):
+        forked(Renamed, "ffn:0.5:magnitude")
+
+
+@pytest.mark.parametrize("step", ["int4:gptq", "sparse:0.5:sparsegpt"])
+def test_the_walk_refuses_a_linear_layer_that_it_does_not_visit(step, forked):
+    with pytest.raises(UserError, match="compress.py does not know self_attn.gate: add it to SAME_INPUT"):
+        forked(Projected, step)
+
+
+def test_steps_that_need_to_know_no_layer_take_a_fork(forked):
+    model = forked(Projected, "depth:0.67:influence", "int4")
+    assert len(model.model.layers) == 2 and {e["module"].split(".")[-1] for e in model.compression} >= {"gate", "q_proj"}
+    assert not hasattr(forked(Gated, "int4:gptq").model.layers[0].self_attn.q_proj, "weight")         # the gate is in by_group's mix
+
+
+@pytest.mark.parametrize("attention", [Gated, Projected])
+def test_gguf_refuses_a_tensor_without_a_name(attention, forked):
+    pytest.importorskip("gguf")
+    with pytest.raises(UserError, match="gguf: export.py does not know self_attn.gate, .*add it to GGUF_NAMES"):
+        forked(attention, "gguf:f32")

@@ -11,7 +11,7 @@ from data import UserError, export
 from data.chain import parse_step
 from data.tiktoken_plan import GPT2, QWEN2
 from data.tokenizer import Tokenizer
-from data.tokenizer_files import tokenizer_json
+from data.vocabulary import tokenizer_json
 from model import Int4Linear, Int8Linear, Transformer, save
 from shared import config_of
 

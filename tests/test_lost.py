@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import compress, distill, sample, train
-from data import UserError
+from data import UserError, machine
 from data.console import run, sentence
 from data.files import reading
 from data.prepare import prepare
@@ -168,7 +168,7 @@ def test_out_replaces_only_answers(place, capsys):
 
 
 def test_a_model_larger_than_the_memory_is_refused_before_it_is_made(place, monkeypatch):
-    monkeypatch.setattr(train, "memory_of_machine", lambda: 10 ** 8)
+    monkeypatch.setattr(machine, "memory_of_machine", lambda: 10 ** 8)
     with pytest.raises(UserError, match="billion parameters .* lower --width"):
         train.main([*map(str, ("--data", place / "data", "--out", place / "out", "--width", 2048))])
 

@@ -13,10 +13,11 @@ from data.loader import IGNORE, Batch, Windows
 from data.measure import compare, speed
 from data.speed import energy_counters, memory_peak, peak_alone
 from data.loader import stream_batches
+from data.machine import accelerate
 from data.prepare import prepare
 from data.report import front, table
 from data.tokenizer import Tokenizer
-from data.tokenizer_files import reencoded
+from data.vocabulary import reencoded
 from model import Config, Transformer, load, save
 
 SIZES = dict(vocab_size=288, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -289,7 +290,7 @@ def test_the_command_writes_a_report(here, tmp_path, capsys):
     assert re.fullmatch(r"validation split of lines \(sha256 [0-9a-f]{12}\), windows of 24 tokens and the one after each", base["protocol"])
     windows = Windows(here / "lines", "val", 24)                                        # what train.py evaluates
     for row in rows:
-        expected = sample.figures(*sample.score(load(here / row["name"]), windows.evaluation_batches(4), Tokenizer.from_bytes().token_bytes()))
+        expected = sample.figures(*sample.score(accelerate(load(here / row["name"])), windows.evaluation_batches(4), Tokenizer.from_bytes().token_bytes()))
         assert row["tokens"] == len(windows.tokens) - 1 and row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert row["file_bytes"] == (here / row["name"] / "model.safetensors").stat().st_size
     report = (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
@@ -303,6 +304,18 @@ def test_the_command_writes_a_report(here, tmp_path, capsys):
         measure("dense", "--out", tmp_path / "r")
     measure("dense", *FLAGS, "--out", tmp_path / "r", "--overwrite")
     assert len((tmp_path / "r" / "results.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_the_command_of_its_own_gives_the_same_table(here, tmp_path, capsys):
+    measuring.main(["dense", "int8", *map(str, FLAGS), "--text", "text.txt", "--out", str(tmp_path / "a")])
+    measure("dense", "int8", *FLAGS, "--text", "text.txt", "--out", tmp_path / "b")
+    rows = [[json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text(encoding="utf-8").splitlines()] for name in "ab"]
+    for own, other in zip(*rows):
+        assert own.keys() == other.keys() and all(own[k] == other[k] for k in ("name", "loss", "kl", "file_bytes", "sha256", "protocol"))
+        assert own["command"].startswith("python data/measure.py dense int8")
+    for flags, match in ((("--data", "a", "--text", "b"), "give one of them"), (("--rounds", "0"), "--rounds is 0"), (("--out", "text.txt"), "is a file")):
+        with pytest.raises(UserError, match=match):
+            measuring.main(["dense", *flags])
 
 
 def test_text_is_one_stream_in_windows(here, tmp_path, capsys):

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 
 import compress
 from data import UserError
-from data.chain import parse_step
+from data.chain import parse_arguments, parse_step
 from data.loader import Batch, Windows
 from data.prepare import prepare
 from data.sources import in_ids_of
+from data.structure import axes_of, granularity, kept_count, width_sizes
 from data.tokenizer import Tokenizer
-from data.tokenizer_files import cut_tokenizer
+from data.vocabulary import cut_tokenizer
 from model import Config, Transformer, load, save
 from shared import config_of
 
@@ -71,7 +72,7 @@ def family(name, root):
 def step(model, root, text, windows=4, **changes):
     """(model, tokenizer, what the history says) of one step, without the command."""
     step = parse_step(text, compress.STEPS)
-    args = compress.compress_arguments(["m", text, "--out", "o", "--calibration-windows", str(windows)])
+    args = parse_arguments(["m", text, "--out", "o", "--calibration-windows", str(windows)])
     args.run = str(root / "run")
     for name, value in changes.items():
         setattr(args, name, value)
@@ -93,12 +94,12 @@ def test_zeroed_neurons_heads_and_channels_are_found_and_nothing_else_changes(ro
             block.mlp.up_proj.weight[dead["ffn"]] = 0
             block.self_attn.v_proj.weight[16:] = 0
         for name, p in model.named_parameters():
-            axes = compress.AXES[name.split(".")[-2]]
+            axes = axes_of(name)
             if axes[0] == "width" and p.ndim == 2:               # nothing writes to these channels
                 p[dead["width"]] = 0
             if name.endswith("embed_tokens.weight"):
                 p[:, dead["width"]] = 0
-    scores = compress.importance(model, batches(root))
+    scores = compress.activation_scores(model, batches(root))
     for axis, indices in dead.items():
         for row in scores[axis]:
             assert sorted(row.topk(len(indices), largest=False).indices.tolist()) == indices, axis
@@ -107,8 +108,8 @@ def test_zeroed_neurons_heads_and_channels_are_found_and_nothing_else_changes(ro
     assert heads["queries"].tolist() == [list(range(32))] * 3 and heads["keys"].tolist() == [list(range(16))] * 3
     with torch.no_grad():
         for cuts in ({"ffn": kept["ffn"]}, heads):
-            assert (compress.cut(model, cuts)(IDS) - model(IDS)).abs().max() < 1e-5
-        small = compress.cut(model, {"width": kept["width"][0]})
+            assert (compress.slice_model(model, cuts)(IDS) - model(IDS)).abs().max() < 1e-5
+        small = compress.slice_model(model, {"width": kept["width"][0]})
         for module in small.modules():                           # fewer channels have a larger mean square
             if hasattr(module, "eps") and len(module.weight) == 62:
                 module.weight *= (64 / 62) ** 0.5
@@ -120,7 +121,7 @@ def test_cut_keeps_the_channels_that_are_named():
     model = tiny()
     heads = compress.head_channels(model.config, torch.tensor([[0], [1], [1]]))
     ffn, width = torch.stack([torch.arange(i, 64 + i) for i in (0, 5, 9)]), torch.arange(0, 64, 2)
-    small = compress.cut(model, {"ffn": ffn, "width": width, **heads, "vocab": torch.arange(10, 74)})
+    small = compress.slice_model(model, {"ffn": ffn, "width": width, **heads, "vocab": torch.arange(10, 74)})
     c, old, new = small.config, model.model.layers[1], small.model.layers[1]
     assert (c.hidden_size, c.intermediate_size, c.vocab_size) == (32, 64, 64)
     assert (c.num_attention_heads, c.num_key_value_heads, c.head_dim) == (2, 1, 16)
@@ -166,7 +167,7 @@ def test_refitting_is_the_least_squares_solution(root):
     """One block, half of its neurons gone: down_proj is the ridge regression of the dense output on what is left."""
     model = tiny(num_hidden_layers=1)
     kept = {"ffn": torch.arange(0, 96, 2)[None]}
-    small, data = compress.cut(model, kept), batches(root)
+    small, data = compress.slice_model(model, kept), batches(root)
     small.requires_grad_(False), model.requires_grad_(False)
     before = small.model.layers[0].mlp.down_proj.weight.clone()
     compress.refit(small, model, kept, data)
@@ -239,9 +240,9 @@ def test_transformers_computes_the_same(root, tmp_path, name):
 @pytest.mark.parametrize("keep", [0.4, 0.6, 0.75, 0.9])
 def test_sizes_of_width_are_counted_exactly(keep):
     model = tiny(hidden_size=128, intermediate_size=200, tie_word_embeddings=True, qkv_bias=True)
-    total, found = model.parameters_count(), compress.sizes_kept(model, keep)
+    total, found = model.parameters_count(), width_sizes(model, keep)
     assert found
-    for width, heads, ffn in found:
+    for width, heads, ffn in map(dict.values, found):
         assert (width % 32 == 0 or width == 128) and (ffn % 32 == 0 or ffn == 200)
         sizes = dict(hidden_size=width, num_attention_heads=2 * heads, num_key_value_heads=heads)
         config = {**TINY, **sizes, "tie_word_embeddings": True, "qkv_bias": True}
@@ -252,9 +253,9 @@ def test_sizes_of_width_are_counted_exactly(keep):
 
 
 def test_a_size_is_a_multiple_of_32_and_never_none():
-    assert [compress.fewer(480, k, compress.multiple(480)) for k in (1.0, 0.75, 0.5, 0.01)] == [480, 352, 256, 32]
-    assert [compress.fewer(20, k, compress.multiple(20)) for k in (0.9, 0.5, 0.01)] == [16, 8, 8]       # a toy's
-    assert [compress.fewer(5, k) for k in (1.0, 0.5, 0.01)] == [5, 2, 0]                                # of heads, layers
+    assert [kept_count(480, k, granularity(480)) for k in (1.0, 0.75, 0.5, 0.01)] == [480, 352, 256, 32]
+    assert [kept_count(20, k, granularity(20)) for k in (0.9, 0.5, 0.01)] == [16, 8, 8]       # a toy's
+    assert [kept_count(5, k) for k in (1.0, 0.5, 0.01)] == [5, 2, 0]                                # of heads, layers
 
 
 # --- vocabulary ---

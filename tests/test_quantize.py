@@ -9,7 +9,7 @@ from torch import nn
 
 import compress, distill, sample, train
 from data import UserError
-from data.chain import parse_step
+from data.chain import parse_arguments, parse_step
 from data.loader import Batch, Windows
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ def run(*argv):
 
 
 def args(**changes):
-    return compress.compress_arguments(["m", "int4", "--out", "o", *(str(a) for k, v in changes.items()
+    return parse_arguments(["m", "int4", "--out", "o", *(str(a) for k, v in changes.items()
                                                             for a in ("--" + k.replace("_", "-"), v))])
 
 

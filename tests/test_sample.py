@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sample
-from data import UserError
+from data import UserError, chat
 from data.loader import IGNORE, Batch
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, save
@@ -215,13 +215,13 @@ def test_chat_forgets_the_oldest_turns_when_the_window_is_full(talker, capsys, m
 
 
 def test_ctrl_c_ends_only_the_answer(talker, capsys, monkeypatch):
-    whole, first = sample.readable_pieces, answer(talker, "hello")
+    whole, first = chat.readable_pieces, answer(talker, "hello")
 
     def interrupted(tokenizer, ids, stop=()):
         text = whole(tokenizer, ids, stop)
         yield "".join(next(text) for _ in range(3))
         raise KeyboardInterrupt
-    monkeypatch.setattr(sample, "readable_pieces", interrupted)
+    monkeypatch.setattr(chat, "readable_pieces", interrupted)
     said = conversation(talker, capsys, monkeypatch, "hello\n").out
     assert said == first[:len(said) - 1] + "\n"
 

@@ -11,7 +11,7 @@ import pytest
 from data import UserError
 from data.tiktoken_plan import QWEN2
 from data.tokenizer import Tokenizer
-from data.tokenizer_files import byte_alphabet
+from data.vocabulary import byte_alphabet
 
 tokenizers = pytest.importorskip("tokenizers")
 models, trainers = tokenizers.models, tokenizers.trainers

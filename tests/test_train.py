@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import train
 from data import UserError
-from data.checkpoints import whole
+from data.checkpoints import find_model
 from data.loader import IGNORE, LEARNED, Batch, Windows
 from data.machine import Machine
 from data.prepare import prepare
@@ -252,8 +252,8 @@ def test_best_is_kept_apart_from_last(data, tmp_path):
 
 def test_the_directory_opens_in_transformers_with_equal_logits(data, whole_run):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(whole(whole_run))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(whole(whole_run))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(find_model(whole_run))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(find_model(whole_run))
     ids = tokenizer("w3 = f(3)\nw4 = é🙂", return_tensors="pt").input_ids
     assert (theirs(ids).logits - load(whole_run)(ids)).abs().max() < 1e-4
 
@@ -317,7 +317,7 @@ def test_bad_input(data, whole_run, examples, tmp_path, monkeypatch):
     (other / "best" / "tokenizer.json").write_text(json.dumps(t), encoding="utf-8")
     (other / "best" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|other|>"}), encoding="utf-8")
     refused("--data", data, "--out", tmp_path / "x", "--init-from", other, match="another tokenizer")
-    (whole(other / "last") / "training_state.pt").write_bytes(b"cut")
+    (find_model(other / "last") / "training_state.pt").write_bytes(b"cut")
     refused("--out", other, "--resume", match="--init-from")
     assert not (tmp_path / "x" / "last").exists()
 
