@@ -516,6 +516,7 @@ def writer(args, model, tokenizer):
 
 
 def main(argv=None):
+    """The command: one path from the flags to the text, therefore many branches."""
     args = sample_arguments(argv)
     if args.eval:
         from data.measure import evaluate_command                # here, as measure imports this script
@@ -534,8 +535,7 @@ def main(argv=None):
             return follow(continuations(model, tokenizer, text, 1, seed, write, **sampling))
         converse(prompt, tokenizer, window, args.max_new_tokens, answer, model_name(args.model))
         return print(f"[{report()}]" if report() else "", file=sys.stderr)
-    count = len(tokenizer.encode(prompt, special=True, bos=True))
-    if count > window:
+    if (count := len(tokenizer.encode(prompt, special=True, bos=True))) > window:
         print(f"the prompt has {count} tokens, the window {window}: only the last {window} are read", file=sys.stderr)
     if not prompt:
         print("there is no prompt: a new document begins", file=sys.stderr)

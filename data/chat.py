@@ -62,6 +62,15 @@ def obey(line, messages):
         return f"{line}: {error.strerror}"
 
 
+def fitting(messages, first, tokenizer, room):
+    """(first, text): the messages from `first` on that fit into `room` tokens."""
+    text = tokenizer.render(messages[first:])
+    while first < len(messages) - 1 and len(tokenizer.encode(text, special=True)) > room:
+        first += 2                                               # a question and the answer to it
+        text = tokenizer.render(messages[first:])
+    return first, text
+
+
 def converse(prompt, tokenizer, window, max_new_tokens, answer, name):
     """Answers a prompt, or else each line of standard input; the oldest turns leave a full window.
 
@@ -83,10 +92,7 @@ def converse(prompt, tokenizer, window, max_new_tokens, answer, name):
             continue
         messages.append({"role": "user", "content": line})
         was_full, pieces = first > 0, []
-        text = tokenizer.render(messages[first:])
-        while first < len(messages) - 1 and len(tokenizer.encode(text, special=True)) > max(1, window - max_new_tokens):
-            first += 2                                           # a question and the answer to it
-            text = tokenizer.render(messages[first:])
+        first, text = fitting(messages, first, tokenizer, max(1, window - max_new_tokens))
         if first and not was_full:
             print(f"the window of {window} tokens is full: from now on the oldest turns are forgotten", file=sys.stderr)
         length = len(tokenizer.encode(text, special=True))

@@ -38,9 +38,9 @@ def sentence(error):
     """The message for an error of the operating system; None for a bug."""
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-        return "the disk is full, or your share of it; what was there before is whole: free some space and run it again"
+        return "the disk is full, or your share of it; the old files are whole: free some space and run it again"
     if number == errno.EFBIG:
-        return "a file became larger than this system allows (ulimit -f); what was there before is whole"
+        return "a file became larger than this system allows (ulimit -f); the old files are whole"
     if isinstance(error, OSError) and number:
         return (f"{error.filename}: " if error.filename is not None else "") + (error.strerror or str(error))
     memory = ("can't allocate memory", "Storage size calculation overflowed", "out of memory", "not enough memory")

@@ -54,13 +54,8 @@ def of_command(args):
     """(Lines, directory of the training data or None) for --eval and --data. Raises UserError."""
     from data.prepare import find                                # here: to read lines needs no tokenizer
     from_file = args.eval.endswith(".jsonl")
-    if args.out and Path(args.out).is_dir():
-        raise UserError(f"--out {args.out} is a directory: give the name of a file")
-    if args.out and Path(args.out).exists() and not args.overwrite:
-        raise UserError(f"--out {args.out} is there already: give another name or --overwrite")
-    if args.out and Path(args.out).exists() and not is_answers(args.out):
-        raise UserError(f"--out {args.out} is not a file that --eval wrote, so --overwrite does not replace it: give "
-                        "another name")
+    if args.out and Path(args.out).exists():
+        check_replaceable(args)
     if args.data and not from_file:
         raise UserError(f"--eval {args.eval} is prepared data, with its own training text: leave out --data")
     flag, wanted = ("--data", args.data) if args.data else ("--eval", args.eval)
@@ -69,6 +64,17 @@ def of_command(args):
         raise UserError(f"{flag} {wanted} is not prepared yet: python data/prepare.py {wanted}")
     lines = read(args.eval if from_file else directory / "val.jsonl")
     return lines[:8 if args.smoke else None], directory
+
+
+def check_replaceable(args):
+    """Raises UserError if the file or directory at --out must not be replaced."""
+    if Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a directory: give the name of a file")
+    if not args.overwrite:
+        raise UserError(f"--out {args.out} is there already: give another name or --overwrite")
+    if not is_answers(args.out):
+        raise UserError(f"--out {args.out} is not a file that --eval wrote, so --overwrite does not replace it: give "
+                        "another name")
 
 
 def groups(lines, shares=None, by=None):

@@ -296,7 +296,7 @@ def evaluate_command(args):
 # Commands: data/measure.py and compress.py --measure, compress.py --sweep, the report of distill.py
 
 def ruler(directories, args, command):
-    """Prepares a comparison of {name: model directory}: returns (protocol, rows_of).
+    """Prepares a comparison of {name: directory}, with all checks: returns (protocol, rows_of).
 
     protocol   the scored text, in words
     rows_of    function of names: measures these models with the first one, returns the rows of all
@@ -340,9 +340,8 @@ def ruler(directories, args, command):
 
 def origin(directory, history):
     """The part of a row that says which model was measured by which software, and the note."""
-    note = {}
-    if any(entry["step"] == "sparse" for entry in history):
-        note["note"] = "no speed-up expected: zeros are multiplied too"
+    sparse = any(entry["step"] == "sparse" for entry in history)
+    note = {"note": "no speed-up expected: zeros are multiplied too"} if sparse else {}
     return {"sha256": checkpoint_hash(directory), "seed": seed_of(history),
             "history": hashlib.sha256(json.dumps(history, sort_keys=True).encode()).hexdigest()[:16],
             "python": platform.python_version(), "torch": torch.__version__, **note}
@@ -410,7 +409,8 @@ def make_stages(stages, args, out, progress, costs):
 def sweep_command(args, command):
     """--sweep: makes and measures each stage of each chain, and writes the report.
 
-    With --resume, stages and rows that are there are neither made nor measured again.
+    With --resume, stages and rows that are there are neither made nor measured again. One sequence
+    of work on lists of stages and rows: most branches are loops.
     """
     out, directory = Path(args.out), find_model(args.model)
     model, tokenizer, base = load(directory), Tokenizer.load(directory), model_name(directory)

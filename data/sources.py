@@ -134,6 +134,7 @@ def scored_text(args, tokenizers, history, context):
     .jsonl FILE the responses are scored, given the prompts, in the chat template of each model.
     Prepared data is scored as train.py does, with --eval-tokens spread over the split. Where the
     tokenizers differ, each encodes the beginning of the text, or all responses. Raises UserError.
+    One decision between several sources of text, therefore many branches.
     """
     first, limit = next(iter(tokenizers.values())), args.eval_tokens
     windows = f"windows of {context} tokens and the one after each"

@@ -373,7 +373,8 @@ def test_killed_at_any_time_the_same_command_goes_on_to_the_same_bytes(corpus, k
     arguments, out = corpus[kind], tmp_path / "out"
     whole = contents(prepare(**arguments, out=tmp_path / "whole"))
     encode, encoded = encoding.encode, []
-    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import data.prepare as p; from data import encoding as e; e.TASK, e.SAVE_EVERY = 2000, 5; "
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import data.prepare as p; "
+            "from data import encoding as e; e.TASK, e.SAVE_EVERY = 2000, 5; "
             "p.corpora.PIECE = 3000; from pathlib import Path, PosixPath, WindowsPath; encode = e.encode; "
             "e.encode = lambda *a: time.sleep(0.02) or encode(*a); "          # so that the kill finds it at work
             "p.prepare(**eval(sys.argv[2]), out=Path(sys.argv[3]))")

@@ -84,7 +84,7 @@ def test_a_broken_part_of_tokenizer_json_is_named(folder, path, value):
 
 @pytest.mark.parametrize("key, value", [
     ("eos_token", 5), ("eos_token", ["x"]), ("eos_token", {"content": 5}), ("pad_token", 5), ("bos_token", []),
-    ("chat_template", 5), ("chat_template", {"a": "b"}), ("chat_template", [5]), ("chat_template", [{"name": []}]),
+    ("chat_template", 5), ("chat_template", "\udce9"), ("chat_template", {"a": "b"}), ("chat_template", [5]), ("chat_template", [{"name": []}]),
     ("chat_template", [{"name": "default"}]), ("model_max_length", "x")])
 def test_a_broken_part_of_tokenizer_config_json_is_named(folder, key, value):
     edit(folder, "tokenizer_config.json", setting(key, value=value))

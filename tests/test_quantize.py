@@ -158,16 +158,17 @@ def test_dead_columns_and_singular_hessians(capsys):
 
 def test_calibration_is_training_text_and_says_what_it_is(root, capsys):
     model, tokenizer = load(root / "dense"), Tokenizer.load(root / "dense")
-    batches, made_of = compress.calibration(model, tokenizer, args(calibration_windows=12))
+    batches, entry = compress.calibration(model, tokenizer, args(calibration_windows=12))
+    made_of = entry["calibration"]
     assert [len(b.ids) for b in batches] == [8, 4] and made_of["windows"] == 12 and made_of["context"] == 32
     text = bytes(np.memmap(root / "data" / "train.bin", dtype=np.uint16, mode="r").astype(np.uint8))
     assert all(bytes(row.to(torch.uint8).numpy()) in text for b in batches for row in b.ids)
     assert f"calibration: 12 windows of 32 tokens from quantize-test, seed 0, sha256 {made_of['sha256']}" in capsys.readouterr().out
-    again = compress.calibration(model, tokenizer, args(calibration_windows=12))[1]
-    other = compress.calibration(model, tokenizer, args(calibration_windows=12, seed=1))[1]
+    again = compress.calibration(model, tokenizer, args(calibration_windows=12))[1]["calibration"]
+    other = compress.calibration(model, tokenizer, args(calibration_windows=12, seed=1))[1]["calibration"]
     assert again == made_of and other["sha256"] != made_of["sha256"]
-    batches, made_of = compress.calibration(model, tokenizer, args(calibration=root / "text.txt"))
-    assert made_of["data"] == "text.txt" and sum(len(b.ids) for b in batches) == 128
+    batches, entry = compress.calibration(model, tokenizer, args(calibration=root / "text.txt"))
+    assert entry["calibration"]["data"] == "text.txt" and sum(len(b.ids) for b in batches) == 128
     whole_text = (root / "text.txt").read_bytes()
     assert all(bytes(row.to(torch.uint8).numpy()) in whole_text for b in batches for row in b.ids)
     assert torch.equal(batches[0].ids[:, 1:], batches[0].targets[:, :-1])
