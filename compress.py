@@ -59,8 +59,8 @@ from data.loader import IGNORE, Batch
 from data.machine import accelerate, to_device
 from data.sources import calibration_context, calibration_data, calibration_rows, id_counts
 from data.structure import (AXES, axes_of, body_layers, candidate_sizes, dense_layers, dense_weight, dequantize,
-                            head_channels, kept_count, layers_that_stay, print_sizes, prune_report, select,
-                            slice_model, split_name)
+                            head_channels, kept_count, layers_that_stay, print_sizes, prune_report, select, slice_model,
+                            split_name)
 from data.tokenizer import Tokenizer
 from data.vocabulary import cut_tokenizer
 from distill import quantization_aware_training, recover_step

@@ -30,9 +30,10 @@ from data.console import numbers, run
 from data.files import replacing_file
 from data.labels import LabelledBatch, open_cache
 from data.loader import IGNORE, Windows
-from data.machine import accelerate, all_sum, in_dtype, one_voice, say, set_up, synchronize, to_device
+from data.machine import accelerate, in_dtype, set_up, synchronize, to_device
 from data.prepare import prepare
-from data.runs import check_out, history_entry, is_saved, open_data, read_state, remove, resumed
+from data.processes import all_sum, one_voice, say
+from data.runs import SHAPE, check_out, history_entry, is_saved, open_data, read_state, remove, resumed
 from data.schedule import plan
 from data.sources import calibration_context, calibration_data, last_training
 from data.structure import shaped, slice_model
@@ -549,7 +550,7 @@ def fine_tune(model, tokenizer, step, entry, args, make_loss, steps, evaluated=l
 def settings(argv):
     """(checked config, names of the given flags); with --resume the config of the run."""
     cfg, given = train.parse(DistillConfig, __doc__, argv, positional=("teacher",),
-                             hidden=(*train.SHAPE, "preset", "init_from", "vocab_size", "control_steps"))
+                             hidden=(*SHAPE, "preset", "init_from", "vocab_size", "control_steps"))
     if cfg.exits:                                     # a trained model goes on: small steps of all weights
         cfg = dataclasses.replace(cfg, **{k: v for k, v in train.FINE_TUNE.items() if k not in given})
     check_out(cfg)

@@ -20,16 +20,17 @@ from torch import nn
 
 import sample
 from data import UserError
+from data.chat import speak
 from data.checkpoints import find_model, tokenizer_of
 from data.console import flags_of, run
 from data.loader import IGNORE, Windows
-from data.machine import (DTYPES, accelerate, agree, all_sum, clip_gradients, fastest, in_dtype, in_turns, local_part,
-                          on_whole_matrices, one_voice, prepared, require_memory, set_up, summed_gradients, to_device,
-                          unsharded)
+from data.machine import DTYPES, accelerate, fastest, in_dtype, in_turns, prepared, require_memory, set_up, to_device
+from data.processes import (agree, all_sum, clip_gradients, local_part, on_whole_matrices, one_voice, summed_gradients,
+                            unsharded)
 from data.report import picture
-from data.runs import (SHAPE, Run, check_out, history_entry, open_data, opening, read_state, resumed, show_example,
-                       show_scale, show_sizes)
+from data.runs import SHAPE, Run, check_out, history_entry, open_data, read_state, resumed
 from data.schedule import share_done
+from data.screen import opening, show_example, show_scale, show_sizes
 from data.tokenizer import Tokenizer
 from model import Config, QuantLinear, Transformer, load, save
 
@@ -520,7 +521,7 @@ def show_sample(cfg, machine, tokenizer, val):
     print(f"\n--- how the validation text begins:\n{prompt.rstrip()}\n--- and how the model goes on:", flush=True)
     stream = sample.continuations(model, tokenizer, prompt, seed=cfg.seed, max_new_tokens=20 if cfg.smoke else 200,
                                   temperature=0.8, top_p=0.95)
-    sample.speak(tokenizer, map(int, stream))
+    speak(tokenizer, map(int, stream))
     more = "--prompt TEXT" if val.mask is None else "--chat"
     print(f"---\nMore: python sample.py {shlex.quote(cfg.out)} {more}")
 

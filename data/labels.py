@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data import UserError
 from data.files import LABELS, read_json, refuse_foreign, replacing, sync, write_json
 from data.loader import IGNORE, Batch
-from data.machine import all_sum, say
+from data.processes import all_sum, say
 from data.values import check_values
 
 # A Batch with labels and weights (B, T, M), or with `sampled` (B, T), True where the student wrote.

@@ -1,5 +1,5 @@
 """A training run's directory: log, saves, data, and resuming after a kill."""
-import collections, contextlib, dataclasses, json, lzma, math, os, signal, statistics, sys, time
+import collections, contextlib, dataclasses, json, math, os, signal, statistics, sys, time
 from pathlib import Path
 
 import torch
@@ -11,9 +11,10 @@ from data import UserError
 from data.checkpoints import checkpoint_hash, find_model, model_name
 from data.files import MODEL, beside, is_ours, refuse_foreign, remove_tree, replacing_file, settle
 from data.hub import read_config
-from data.loader import IGNORE, LEARNED, read_meta
-from data.machine import all_sum, gathered, launch, local_part, products_rate, say, sharded_like, synchronize
+from data.loader import read_meta
+from data.machine import products_rate, synchronize
 from data.prepare import find, prepare
+from data.processes import all_sum, gathered, launch, local_part, say, sharded_like
 from data.schedule import evaluations, is_due, is_falling, new_origin, plan
 from data.tokenizer import Tokenizer
 from data.values import check_values
@@ -480,50 +481,3 @@ def history_entry(cfg, meta, tokenizer, model):
     if cfg.init_from:
         entry["parent"] = {"name": model_name(cfg.init_from), "sha256": checkpoint_hash(cfg.init_from)}
     return entry
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Printed before and after a run
-
-def show_sizes(cfg, machine, model, train, eval_tokens):
-    """Prints the sizes of data, model, steps and evaluations. train: Windows of the split."""
-    c, meta = model.config, train.meta
-    sizes = meta["splits"]
-    say(machine, f"data {meta['name']}: {sizes['train']['tokens']:,} training tokens of "
-        f"{sizes['train']['bytes'] / max(1, sizes['train']['tokens']):.2f} bytes, vocabulary {meta['vocab_size']:,}")
-    say(machine, f"model: {model.parameters_count():,} parameters; {c.num_hidden_layers} layers of width "
-        f"{c.hidden_size}, {c.num_attention_heads} heads, MLP of {c.intermediate_size}, window of "
-        f"{c.max_position_embeddings}")
-    say(machine, f"{cfg.batch_size * cfg.context:,} tokens a step; each of {cfg.evals} evaluations reads "
-        f"{eval_tokens:,} of {sizes['val']['tokens']:,} validation tokens")
-    if train.long:
-        say(machine, f"{train.long:,} examples exceed the window of {cfg.context} tokens: they are split into pieces, "
-            "each read behind half a window of context" +
-            f"; {train.unread:,} prompts alone exceed it" * bool(train.unread))
-
-
-def show_example(machine, tokenizer, batch):
-    """Prints a window's last example: a wrong mask or template is seen before it costs an hour."""
-    row = batch.segments[0] == batch.segments[0].max()
-    ids, targets = batch.ids[0][row], batch.targets[0][row]                          # (T,)
-    first = int((targets != IGNORE).int().argmax())
-    shorten = lambda text: text if len(text) < 500 else f"{text[:300]} [...] {text[-100:]}"
-    text = lambda ids: shorten(tokenizer.decode_bytes(ids.tolist()).decode("utf-8", errors="replace"))
-    say(machine, f"An example. What is read only:\n{text(ids[:first + 1])}\nWhat is learned:\n"
-        f"{text(targets[targets != IGNORE])}\n")
-
-
-def show_scale(cfg, tokenizer, val):
-    """Prints a scale for bits per byte: xz, a general compressor, on the same validation text."""
-    text = tokenizer.decode_bytes(val.tokens[:2 ** 18].tolist())
-    compressed = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(1, len(text))
-    entry = read_config(find_model(cfg.out))["history"][-1]
-    print(f"bits per byte: 8 where nothing is known, {compressed:.2f} by xz -9e on {len(text) / 1e6:.1f} MB of this "
-          f"validation text, {entry['val_bits_per_byte']:.2f} by this model; {Path(cfg.out, 'loss.png')} has the curve")
-
-
-def opening(tokenizer, val):
-    """The first lines of the validation text; for examples, the first prompt."""
-    length = 64 if val.mask is None else (val.mask[:] & LEARNED).argmax()            # tokens
-    text = tokenizer.decode_bytes(val.tokens[:length].tolist()).decode("utf-8", errors="ignore")
-    return text if val.mask is not None else text[:text.rfind("\n") + 1] or text

@@ -5,7 +5,7 @@ learning rate decays: while the rate is constant, runs of any length are the sam
 the total may still change, every 40 steps. Then the rate continues to fall from the present value,
 faster or more slowly: `origin` is (step, share of the schedule done) at the last change.
 """
-from data.machine import from_first, say
+from data.processes import from_first, say
 
 PLANNED = 13                          # step after which a time budget first becomes steps: the first steps are slow
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from data.machine import accelerate
+from data.machine import accelerate, is_accelerated
 
 # Seconds to the first token; a list of seconds to each later one; joules of decoding, or None.
 Turn = collections.namedtuple("Turn", "first waits joules")
@@ -95,7 +95,7 @@ def peak_alone(directory, model, prompt_tokens=256, new_tokens=64):
     (None, None) if the process failed or the system has no figures.
     """
     settings = (str(Path(directory).resolve()), str(next(model.parameters()).device), str(model.dtype)[6:],
-                torch.get_num_threads(), prompt_tokens, new_tokens)
+                torch.get_num_threads(), prompt_tokens, new_tokens, is_accelerated(model))
     code = f"from data.speed import generate_alone; print(generate_alone(*{settings!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1], capture_output=True,
                           text=True, encoding="utf-8")
@@ -106,7 +106,7 @@ def peak_alone(directory, model, prompt_tokens=256, new_tokens=64):
         return None, None
 
 
-def generate_alone(directory, device, dtype, threads, prompt_tokens, new_tokens):
+def generate_alone(directory, device, dtype, threads, prompt_tokens, new_tokens, native):
     """The program of the process of peak_alone: returns JSON of [bytes before, peak bytes]."""
     from model import load                                       # here: a tool does not import the scripts
     from sample import generate
@@ -114,7 +114,7 @@ def generate_alone(directory, device, dtype, threads, prompt_tokens, new_tokens)
     device = torch.device(device)
     before = memory_peak(device)
     model = load(directory, device, getattr(torch, dtype), finite=False)       # the check would take memory
-    accelerate(model)
+    accelerate(model, native)
     one_turn(functools.partial(generate, model), random_ids(model, 1, prompt_tokens), new_tokens,
              time.perf_counter)
     return json.dumps([before, memory_peak(device)])

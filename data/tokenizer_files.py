@@ -144,7 +144,8 @@ def check_tokenizer_config(config, file="tokenizer_config.json"):
     must(isinstance(config, dict), f"{file} must hold an object")
     for key, value in config.items():
         written = json.dumps(value, ensure_ascii=False)
-        must(written.isascii() or not re.search("[\ud800-\udfff]", written), f"{file}: {key} holds half a surrogate pair")
+        whole = written.isascii() or not re.search("[\ud800-\udfff]", written)
+        must(whole, f"{file}: {key} holds half a surrogate pair")
     for key in NAMED_TOKENS:
         name = config.get(key)
         name = name.get("content") if isinstance(name, dict) else name

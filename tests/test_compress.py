@@ -12,10 +12,12 @@ import compress
 import sample
 from data import UserError, native
 from data.chain import parse_step
-from data.native import c_struct, declare, multiply
+from data.native import c_struct, multiply
+from data.compiled import declare
 from data.tokenizer import Tokenizer
 from model import LAYERS, Config, Int4Linear, Int8Linear, QuantEmbedding, RMSNorm, Transformer, load, save
 from shared import config_of, fresh_logits
+from data.structure import dequantize
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = [("int8", {}), ("int4", {"group": 32}), ("int4", {"group": 64}), ("int4", {"group": 128})]
@@ -376,8 +378,8 @@ def test_biased_families_and_learned_positions(tmp_path):
         save(model, tmp_path / hub["model_type"])
         again = load(tmp_path / hub["model_type"])
         assert torch.equal(again(IDS), model(IDS)) and again.config.model_type == hub["model_type"]
-        assert torch.equal(compress.dequantize(again)(IDS), model(IDS))
-        save(compress.dequantize(again), tmp_path / "dense")
+        assert torch.equal(dequantize(again)(IDS), model(IDS))
+        save(dequantize(again), tmp_path / "dense")
         assert torch.equal(load(tmp_path / "dense")(IDS), model(IDS))
 
 

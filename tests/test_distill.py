@@ -16,6 +16,7 @@ from data.prepare import prepare
 from data.runs import Log, read_log, read_state
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, load, save
+from data.structure import shaped
 
 ROOT = Path(distill.__file__).parent
 RUN = "--context 32 --batch-size 4 --warmup 3 --evals 2 --eval-tokens 512 --save-seconds 1e9".split()
@@ -362,7 +363,7 @@ def test_the_report_says_what_was_measured(cached, teacher):
 def test_fewer_layers_of_a_hub_model_name_as_many_types():
     """transformers writes them for models whose attention slides nowhere, too, and refuses another number of them."""
     config = dataclasses.replace(tiny(0, layers=4).config, hub={"layer_types": ["full_attention"] * 4})
-    fewer = distill.shaped(config, [0, 3])
+    fewer = shaped(config, [0, 3])
     assert fewer.hub["layer_types"] == ["full_attention"] * 2 and fewer.layer_types is None
 
 

@@ -64,7 +64,8 @@ assert (parts - model(ids)).norm() < 1e-4 * parts.norm() and model.config.output
         run(place, "-c", "from data import native; print(native.library()[0])").strip() == "None"
     run(place, "compress.py", "run", "int8", "--out", "int8")
     assert "self_attn.gate" in run(place, "compress.py", "run", "heads:0.5:magnitude", "--out", "cut", code=2)
-    assert "self_attn.gate" in run(place, "compress.py", "run", "int4:gptq", "--out", "gptq", code=2)
+    assert "self_attn.gate" in run(place, "compress.py", "run", "int4:gptq", "--out", "gptq",
+                                   "--calibration", made / "text" / "00.txt", code=2)
 
 
 def test_a_pruning_criterion(made, tmp_path):

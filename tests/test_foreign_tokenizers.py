@@ -9,7 +9,8 @@ import pytest
 
 from data import UserError, template
 from data.prepare import encode_example
-from data.tokenizer import CHATML, Tokenizer
+from data.template import CHATML
+from data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ASK = [{"role": "user", "content": "hi there"}]

@@ -14,6 +14,7 @@ from data.tokenizer import Tokenizer
 from data.vocabulary import tokenizer_json
 from model import Int4Linear, Int8Linear, Transformer, save
 from shared import config_of
+from data.structure import dequantize
 
 V, CONTEXT = 320, 256                                            # llama.cpp rounds contexts up to 256
 TINY = dict(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -195,7 +196,7 @@ def test_quantized_layers_go_in_unchanged(case, step, kind, head_bits, head, tok
     model = quantized(build(case, **wider), step, head_bits)
     export.write_gguf(model, tokenizer, kind, tmp_path / "m.gguf")
     _, tensors, kinds = read(tmp_path / "m.gguf")
-    want = expected(compress.dequantize(model))
+    want = expected(dequantize(model))
     assert tensors.keys() == want.keys() and ("output.weight" in kinds) == (not model.config.tie_word_embeddings)
     for name, p in want.items():
         outer = name.startswith(("token_embd", "output.weight"))
@@ -227,7 +228,7 @@ def test_quantized_layers_that_do_not_fit(case, step, kind, match, tokenizer, tm
     model = quantized(build("llama", intermediate_size=80) if case == "odd" else build(case), step)
     with pytest.raises(UserError, match=match):
         export.write_gguf(model, tokenizer, kind, tmp_path / "m.gguf")
-    export.write_gguf(compress.dequantize(model), tokenizer, kind, tmp_path / "m.gguf")
+    export.write_gguf(dequantize(model), tokenizer, kind, tmp_path / "m.gguf")
 
 
 def test_a_fused_tensor_of_two_types(tokenizer, tmp_path):

@@ -12,9 +12,10 @@ from data.loader import IGNORE, LEARNED, Windows, packed
 from data.machine import Machine, Threads
 from data.measure import evaluate, response_loss
 from data.prepare import encode_example, prepare
-from data.runs import show_example
+from data.screen import show_example
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, save
+from data.chat import readable_pieces
 
 WORDS = "fever cough rash pain ache sleep water sugar salt bone skin lung heart blood cell gene drug test dose risk".split()
 
@@ -181,7 +182,7 @@ def test_the_table_and_the_lines(corpus, models, tmp_path, capsys):
     model, tokenizer = sample.open_model(models / "a", torch.device("cpu"))
     first = next(row for row in rows if "answer" in row)
     ids = sample.continuations(model, tokenizer, tokenizer.render([{"role": "user", "content": first["prompt"]}]), max_new_tokens=8, temperature=0)
-    assert first["answer"] == "".join(sample.readable_pieces(tokenizer, map(int, ids), tokenizer.eos_ids)).strip()
+    assert first["answer"] == "".join(readable_pieces(tokenizer, map(int, ids), tokenizer.eos_ids)).strip()
     with pytest.raises(UserError, match="is there already"):
         sample.main([*argv, "--out", str(file)])
 

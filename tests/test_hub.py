@@ -55,7 +55,7 @@ def test_the_template_marks_what_the_assistant_says(specials, directory):
     transformers = pytest.importorskip("transformers")
     ours = Tokenizer.load(directory)
     if not specials:                                                         # the template for tokenizers without chat tokens
-        from data.tokenizer import PLAIN
+        from data.template import PLAIN
         ours.chat_template = PLAIN
         ours.save(directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)

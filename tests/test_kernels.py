@@ -11,7 +11,8 @@ import model as model_module
 import sample, train
 from data import native
 from data.loader import IGNORE, Batch
-from data.native import declare, library
+from data.compiled import declare
+from data.native import library
 from model import MLP, Config, KVCache, LowRankLinear, RMSNorm, Transformer
 
 SHAPES = {

@@ -12,7 +12,7 @@ from data.chain import parse_arguments, parse_step
 from data.loader import Batch, Windows
 from data.prepare import prepare
 from data.sources import in_ids_of
-from data.structure import axes_of, granularity, kept_count, width_sizes
+from data.structure import axes_of, granularity, head_channels, kept_count, slice_model, width_sizes
 from data.tokenizer import Tokenizer
 from data.vocabulary import cut_tokenizer
 from model import Config, Transformer, load, save
@@ -104,12 +104,12 @@ def test_zeroed_neurons_heads_and_channels_are_found_and_nothing_else_changes(ro
         for row in scores[axis]:
             assert sorted(row.topk(len(indices), largest=False).indices.tolist()) == indices, axis
     kept = {axis: scores[axis].topk(scores[axis].shape[1] - len(dead[axis])).indices.sort().values for axis in dead}
-    heads = compress.head_channels(model.config, kept["keys"])
+    heads = head_channels(model.config, kept["keys"])
     assert heads["queries"].tolist() == [list(range(32))] * 3 and heads["keys"].tolist() == [list(range(16))] * 3
     with torch.no_grad():
         for cuts in ({"ffn": kept["ffn"]}, heads):
-            assert (compress.slice_model(model, cuts)(IDS) - model(IDS)).abs().max() < 1e-5
-        small = compress.slice_model(model, {"width": kept["width"][0]})
+            assert (slice_model(model, cuts)(IDS) - model(IDS)).abs().max() < 1e-5
+        small = slice_model(model, {"width": kept["width"][0]})
         for module in small.modules():                           # fewer channels have a larger mean square
             if hasattr(module, "eps") and len(module.weight) == 62:
                 module.weight *= (64 / 62) ** 0.5
@@ -119,9 +119,9 @@ def test_zeroed_neurons_heads_and_channels_are_found_and_nothing_else_changes(ro
 
 def test_cut_keeps_the_channels_that_are_named():
     model = tiny()
-    heads = compress.head_channels(model.config, torch.tensor([[0], [1], [1]]))
+    heads = head_channels(model.config, torch.tensor([[0], [1], [1]]))
     ffn, width = torch.stack([torch.arange(i, 64 + i) for i in (0, 5, 9)]), torch.arange(0, 64, 2)
-    small = compress.slice_model(model, {"ffn": ffn, "width": width, **heads, "vocab": torch.arange(10, 74)})
+    small = slice_model(model, {"ffn": ffn, "width": width, **heads, "vocab": torch.arange(10, 74)})
     c, old, new = small.config, model.model.layers[1], small.model.layers[1]
     assert (c.hidden_size, c.intermediate_size, c.vocab_size) == (32, 64, 64)
     assert (c.num_attention_heads, c.num_key_value_heads, c.head_dim) == (2, 1, 16)
@@ -167,7 +167,7 @@ def test_refitting_is_the_least_squares_solution(root):
     """One block, half of its neurons gone: down_proj is the ridge regression of the dense output on what is left."""
     model = tiny(num_hidden_layers=1)
     kept = {"ffn": torch.arange(0, 96, 2)[None]}
-    small, data = compress.slice_model(model, kept), batches(root)
+    small, data = slice_model(model, kept), batches(root)
     small.requires_grad_(False), model.requires_grad_(False)
     before = small.model.layers[0].mlp.down_proj.weight.clone()
     compress.refit(small, model, kept, data)

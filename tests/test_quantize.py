@@ -15,6 +15,7 @@ from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from model import LAYERS, Int4Linear, Transformer, absmax_scales, dequantized, load, rounded, save
 from shared import config_of, correlated, hessian_of, trained
+from data.structure import dequantize
 
 TINY = dict(vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, max_position_embeddings=32)
@@ -49,7 +50,7 @@ def args(**changes):
 def loss_of(model, directory, windows=64):
     rows = Windows(directory, "val", 32).training_rows(5, 0, windows)
     if model.compression:
-        model = compress.dequantize(copy.deepcopy(model))
+        model = dequantize(copy.deepcopy(model))
     with torch.no_grad():
         return float(train.cross_entropy(model.eval(), rows)[0] / (rows.targets >= 0).sum())
 
@@ -258,7 +259,7 @@ def test_qat_loss_is_that_of_the_rounded_model_and_its_gradient_reaches_the_dens
     entries = compress.layers_to_quantize(model, 4, 32, 4)
     rounded_, ids = copy.deepcopy(model).eval(), torch.arange(64).view(2, 32) * 7 % 250
     compress.round_to_nearest(rounded_, entries)
-    rounded_ = compress.dequantize(rounded_)
+    rounded_ = dequantize(rounded_)
     batch = Batch(ids, torch.cat((ids[:, 1:], torch.full((2, 1), -100)), dim=1), None)
     cfg = distill.DistillConfig(hard_weight=0.5)
     loss, count, _ = distill.qat_loss(teacher, entries, cfg, 259)(model, batch)
@@ -305,7 +306,7 @@ def test_qat(root, tmp_path, name, step, monkeypatch, capsys):
     assert "bits per byte of validation without training" in capsys.readouterr().out
     # what evaluation said is what the result is
     val = Windows(root / "data", "val", 32)
-    scored = sample.figures(*sample.score(compress.dequantize(model), val.evaluation_batches(256, 131072),
+    scored = sample.figures(*sample.score(dequantize(model), val.evaluation_batches(256, 131072),
                                                             Tokenizer.load(root / name).token_bytes()))
     assert entry["val_loss"] == pytest.approx(scored["loss"], abs=1e-4)
 

@@ -73,7 +73,7 @@ def test_the_written_directory_is_complete_and_names_no_path(copy):
     assert (copy / "out" / "loss.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "data/prepare.py"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "data/prepare.py", "data/measure.py"])
 def test_help_and_smoke_exist(script, environment):
     r = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert script == "model.py" or (r.returncode == 0 and "--smoke" in r.stdout)

@@ -10,6 +10,7 @@ from data import UserError, chat
 from data.loader import IGNORE, Batch
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, save
+from data.chat import readable_pieces
 
 V = 300
 
@@ -101,11 +102,11 @@ def test_repetition_penalty_makes_seen_ids_less_likely():
 def test_a_character_split_over_tokens_is_held_back():
     tokenizer = Tokenizer.from_bytes()
     text = "né 🙂 中文"
-    parts = list(sample.readable_pieces(tokenizer, text.encode("utf-8")))
+    parts = list(readable_pieces(tokenizer, text.encode("utf-8")))
     assert "".join(parts) == text and "\ufffd" not in "".join(parts)
-    cut = list(sample.readable_pieces(tokenizer, "🙂".encode("utf-8")[:2]))
+    cut = list(readable_pieces(tokenizer, "🙂".encode("utf-8")[:2]))
     assert "".join(cut) == "\ufffd"
-    assert "".join(sample.readable_pieces(tokenizer, [65, 66, tokenizer.eos_id, 67], tokenizer.eos_ids)) == "AB"
+    assert "".join(readable_pieces(tokenizer, [65, 66, tokenizer.eos_id, 67], tokenizer.eos_ids)) == "AB"
 
 
 def test_score_is_the_mean_of_log_probabilities_whatever_the_batch(model):
@@ -165,7 +166,7 @@ def answer(talker, *contents):
     """What the model says to a conversation, by the plain way."""
     roles = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
     ids = sample.continuations(talker[1], talker[2], talker[2].render(roles), temperature=0, max_new_tokens=9)
-    return "".join(sample.readable_pieces(talker[2], (int(i) for i in ids), talker[2].eos_ids))
+    return "".join(readable_pieces(talker[2], (int(i) for i in ids), talker[2].eos_ids))
 
 
 def conversation(talker, capsys, monkeypatch, text, *more):

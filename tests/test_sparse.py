@@ -13,6 +13,7 @@ from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from model import Config, LowRankLinear, Transformer, load, save
 from shared import config_of, correlated, hessian_of
+from data.structure import body_layers, dequantize
 
 TINY = dict(vocab_size=259, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, max_position_embeddings=32)
@@ -53,7 +54,7 @@ def linears(model):
 
 def kl(dense, model, ids=torch.arange(96).view(3, 32) * 7 % 255):
     with torch.no_grad():
-        p, q = (compress.dequantize(copy.deepcopy(m))(ids).double().log_softmax(-1) for m in (dense, model))
+        p, q = (dequantize(copy.deepcopy(m))(ids).double().log_softmax(-1) for m in (dense, model))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
@@ -209,7 +210,7 @@ def test_low_rank_then_integers_then_a_fresh_process(root, tmp_path):
         kinds = [(e["module"].split(".", 3)[-1], e["kind"]) for e in model.compression]
         assert kinds.index(("mlp.up_proj", "lowrank")) < kinds.index(("mlp.up_proj.down", step[:4]))
         assert not linears(model) and [m for m in model.modules() if isinstance(m, LowRankLinear)]
-        dense = compress.dequantize(model)
+        dense = dequantize(model)
         assert dense.compression == [e for e in model.compression if e["kind"] == "lowrank"]
         with torch.no_grad():
             logits[str(path)] = model(ids).flatten().tolist()
@@ -236,7 +237,7 @@ def test_gptq_of_two_factors_beats_nearest():
 
 def test_ranks_are_taken_where_the_loss_does_not_feel_it():
     model, ids = random_model(Config(**TINY)), torch.arange(128).view(4, 32) * 7 % 255
-    layers = {name: layer for name, layer in compress.body_layers(model).items() if "mlp" in name}
+    layers = {name: layer for name, layer in body_layers(model).items() if "mlp" in name}
     layers["model.layers.0.mlp.down_proj"].weight.data[:] = 0     # so what gate and up write is of no use
     batches, count = [Batch(ids[:, :-1], ids[:, 1:], None)], len(layers) * 160 * 64
     unfelt = {name: 32 for name in layers if ".0." in name}       # 64 would be no fewer parameters
@@ -279,7 +280,7 @@ def test_sums_are_those_of_the_inputs(root, drifts, family, tmp_path):
             model.replace({"module": f"model.layers.{name}", "kind": "lowrank", "rank": 8},
                           LowRankLinear.from_factors(*compress.low_rank(layer.weight.detach(), 8)))
     ids, met = torch.arange(96).view(3, 32) * 7 % 255, {}
-    seen, todo, logits = inputs_of(model, ids), dict.fromkeys(compress.body_layers(model)), model(ids)
+    seen, todo, logits = inputs_of(model, ids), dict.fromkeys(body_layers(model)), model(ids)
 
     def look(parts, names, hessian, drift):
         for name in names:
@@ -310,7 +311,7 @@ def test_drift_is_what_the_output_lacks(name):
             part.weight = nn.Parameter(part.weight * 0.9)
         return {}
 
-    compress.layer_by_layer(model, dict.fromkeys(compress.body_layers(model)), [Batch(ids, ids, None)], damage, "damage")
+    compress.layer_by_layer(model, dict.fromkeys(body_layers(model)), [Batch(ids, ids, None)], damage, "damage")
     x = inputs_of(model, ids)[name]
     lacking = (dense - x).double() @ weight.T
     if "down_proj" in name:

@@ -11,7 +11,8 @@ from data import UserError
 from data.hub import FAMILIES
 from data.labels import Cache
 from data.loader import Windows, open_split
-from data.native import SOURCE, build_library, built_library
+from data.native import SOURCE
+from data.compiled import build_library, built_library
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from data.values import check_values

@@ -1,0 +1,52 @@
+"""The first and the last screen of a training run."""
+import lzma
+from pathlib import Path
+
+from data.checkpoints import find_model
+from data.hub import read_config
+from data.loader import IGNORE, LEARNED
+from data.processes import say
+
+
+def show_sizes(cfg, machine, model, train, eval_tokens):
+    """Prints the sizes of data, model, steps and evaluations. train: Windows of the split."""
+    c, meta = model.config, train.meta
+    sizes = meta["splits"]
+    say(machine, f"data {meta['name']}: {sizes['train']['tokens']:,} training tokens of "
+        f"{sizes['train']['bytes'] / max(1, sizes['train']['tokens']):.2f} bytes, vocabulary {meta['vocab_size']:,}")
+    say(machine, f"model: {model.parameters_count():,} parameters; {c.num_hidden_layers} layers of width "
+        f"{c.hidden_size}, {c.num_attention_heads} heads, MLP of {c.intermediate_size}, window of "
+        f"{c.max_position_embeddings}")
+    say(machine, f"{cfg.batch_size * cfg.context:,} tokens a step; each of {cfg.evals} evaluations reads "
+        f"{eval_tokens:,} of {sizes['val']['tokens']:,} validation tokens")
+    if train.long:
+        say(machine, f"{train.long:,} examples exceed the window of {cfg.context} tokens: they are split into pieces, "
+            "each read behind half a window of context" +
+            f"; {train.unread:,} prompts alone exceed it" * bool(train.unread))
+
+
+def show_example(machine, tokenizer, batch):
+    """Prints a window's last example: a wrong mask or template is seen before it costs an hour."""
+    row = batch.segments[0] == batch.segments[0].max()
+    ids, targets = batch.ids[0][row], batch.targets[0][row]                          # (T,)
+    first = int((targets != IGNORE).int().argmax())
+    shorten = lambda text: text if len(text) < 500 else f"{text[:300]} [...] {text[-100:]}"
+    text = lambda ids: shorten(tokenizer.decode_bytes(ids.tolist()).decode("utf-8", errors="replace"))
+    say(machine, f"An example. What is read only:\n{text(ids[:first + 1])}\nWhat is learned:\n"
+        f"{text(targets[targets != IGNORE])}\n")
+
+
+def show_scale(cfg, tokenizer, val):
+    """Prints a scale for bits per byte: xz, a general compressor, on the same validation text."""
+    text = tokenizer.decode_bytes(val.tokens[:2 ** 18].tolist())
+    compressed = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(1, len(text))
+    entry = read_config(find_model(cfg.out))["history"][-1]
+    print(f"bits per byte: 8 where nothing is known, {compressed:.2f} by xz -9e on {len(text) / 1e6:.1f} MB of this "
+          f"validation text, {entry['val_bits_per_byte']:.2f} by this model; {Path(cfg.out, 'loss.png')} has the curve")
+
+
+def opening(tokenizer, val):
+    """The first lines of the validation text; for examples, the first prompt."""
+    length = 64 if val.mask is None else (val.mask[:] & LEARNED).argmax()            # tokens
+    text = tokenizer.decode_bytes(val.tokens[:length].tolist()).decode("utf-8", errors="ignore")
+    return text if val.mask is not None else text[:text.rfind("\n") + 1] or text
