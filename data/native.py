@@ -231,6 +231,13 @@ class NativeMLP(Accelerated):
 
 class NativeQuantLinear(Accelerated):
     """A product of integers: activations are rounded to 8 bits, in groups of 32 with a scale each."""
+    struct = None                      # of kernels.c: see kept_struct
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.struct = None             # the tensors have moved
+        return self
+
     def forward(self, x):
         if x.requires_grad or not applies(x, self.bias):
             return super().forward(x)
@@ -359,10 +366,9 @@ def c_struct(m):
 
 
 def kept_struct(m):
-    """c_struct of a QuantLinear, made anew when the tensors have moved."""
-    struct = vars(m).get("struct")
-    if struct is None or struct[0] != m.q.data_ptr() or struct[1] != m.scales.data_ptr() or (
-            m.bias is not None and struct[2] != m.bias.data_ptr()):
+    """c_struct of a NativeQuantLinear, made anew when a tensor has been replaced."""
+    struct, bias = m.struct, m.bias
+    if struct is None or struct[0] != m.q.data_ptr() or bias is not None and struct[2] != bias.data_ptr():
         struct = m.struct = c_struct(m)
     return struct
 
