@@ -1,8 +1,8 @@
-"""What a model is: config, layers, the transformer, its key-value cache, and how a model is read and written.
+"""Defines the model: config, attention, MLP, transformer, key-value cache, quantized layers, files.
 
-A model is a Hugging Face directory (config.json, model.safetensors, tokenizer.json, ...). Field and tensor names are
-the Hub's own, so a directory written here opens in `transformers`, and a Llama-, Mistral-, Qwen2- or Qwen3-family
-directory opens here without renaming:
+A model is a Hugging Face directory (config.json, model.safetensors, tokenizer.json, ...). Field and
+tensor names are the Hub's own. So a directory written here opens in `transformers`, and a directory
+of the Llama, Mistral, Qwen2 or Qwen3 family opens here without renaming:
 
     from model import load
     model = load("out")                               # a training run: opens out/best
@@ -10,8 +10,8 @@ directory opens here without renaming:
 
 Everything here is plain PyTorch. data/native.py makes it faster on a CPU, attached from outside.
 
-Shapes: B rows, T positions, S positions with those in the cache, C hidden_size, H query heads, K key-value heads,
-D head_dim, V vocab_size.
+Shapes: B rows, T positions, S positions with those in the cache, C hidden_size, H query heads,
+K key-value heads, D head_dim, V vocab_size.
 """
 import dataclasses, functools, json, math, shutil
 
@@ -35,9 +35,10 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "gelu_new": GELU_
 
 @dataclasses.dataclass
 class Config:
-    """Shapes and switches of a decoder-only transformer, in the Hub's names. The defaults are Qwen3's format.
+    """Shapes and switches of a decoder-only transformer. Names are the Hub's, defaults Qwen3's.
 
-    A field that a fork adds here is saved and loaded with the model. Raises UserError for values that cannot be.
+    A field that a fork adds here is saved and loaded with the model. Raises UserError for
+    impossible values.
     """
     model_type: str = "qwen3"
     vocab_size: int = 4096                  # rows of the embedding; ids beyond the tokenizer's are padding
@@ -54,7 +55,7 @@ class Config:
     rope: dict = dataclasses.field(default_factory=lambda: dict(hub.ROPE))     # rotary positions: rope_parameters
     sliding_window: int = 0                 # how far back sliding layers see, in tokens; 0: all the way
     layer_types: list = None                # which layers slide, by name; None: all of them
-    # What the Hub's families differ in: one block carries them all.
+    # Switches by which the Hub's families differ: one Block serves all of them.
     qk_norm: bool = True                    # RMSNorm on each head's query and key (Henry et al., 2020)
     qkv_bias: bool = False
     o_bias: bool = False
@@ -75,7 +76,8 @@ class Config:
     def frequencies(self):
         """Rotary frequencies in radians per position, (R/2,) float32, and a factor for cos and sin.
 
-        R of the D channels of a head turn, in pairs: pair i by theta^(-2i/R) at each position (Su et al., 2021).
+        R of the D channels of a head turn, in pairs. Pair i turns by theta^(-2i/R) at each position
+        (Su et al., 2021).
         """
         R = int(self.head_dim * self.rope["partial_rotary_factor"])
         pairs = torch.arange(0, R, 2, dtype=torch.float32, device="cpu")
@@ -279,18 +281,22 @@ class Body(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model: Qwen3's shape (Yang et al., 2025), or that of another family its config names."""
+    """A decoder-only language model with the architecture of Qwen3 (Yang et al., 2025).
+
+    The switches of Config give the other families of data/hub.py.
+    """
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.model = Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.history = []                             # what made this model: written to config.json, oldest first
-        self.exits = []                               # layers after which norm and head speak too (distill.py --exits)
-        self.compression = []                         # its layers that are not dense, in the order they were replaced
+        self.history = []                             # steps that made this model, oldest first, for config.json
+        self.exits = []                               # early exits: layers after which the head was trained, too
+        self.compression = []                         # layers that are not dense, in the order of replacement
         self.tie_weights()
 
     def tie_weights(self):
+        """Makes the head the embedding table, if the config says so."""
         if self.config.tie_word_embeddings and isinstance(self.model.embed_tokens, QuantEmbedding):
             self.lm_head = self.model.embed_tokens.table
         elif self.config.tie_word_embeddings:
@@ -298,15 +304,16 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self):
-        """That of activations: of the norms, which are never quantized."""
+        """The type of activations, which is that of the norms: they are never quantized."""
         return self.model.norm.weight.dtype
 
     def replace(self, entry, layer=None):
-        """Puts a layer where entry, {"module": its name, "kind": of LAYERS, ...spec}, says; notes it in `compression`.
+        """Replaces a dense layer, and appends the entry to `compression`.
 
-        layer  of that kind; None: one that fits, its tensors still to be filled. In place of an embedding it becomes a
-               QuantEmbedding's table; a tied head goes with the embedding and has no entry of its own
-        Raises UserError for an entry that does not fit this model.
+        entry  {"module": name of the layer, "kind": key of LAYERS, ...spec}
+        layer  the new layer, of that kind; None: a layer whose tensors are still to be filled
+        A layer in place of an embedding becomes the table of a QuantEmbedding. A tied head follows
+        the embedding and has no entry. Raises UserError for an entry that does not fit this model.
         """
         try:
             name, kind, spec = entry["module"], entry["kind"], {k: entry[k] for k in entry.keys() - {"module", "kind"}}
@@ -333,23 +340,28 @@ class Transformer(nn.Module):
     def forward(self, ids, cache=None, segments=None, last=0, head=True, hidden=None):
         """Logits (B, T, V) for ids (B, T); position t predicts token t + 1.
 
-        cache      KVCache holding the tokens before ids; it is extended by them
-        segments   (B, T) integers, equal within one example: attention and positions restart where they change
-        last       logits of so many last positions only: (B, last, V)
-        head       False gives the final hidden states (B, T, C), for losses that never hold all the logits
-        hidden     a list; the residual stream before each layer and after the last, (B, T, C) each, is appended to it
+        cache      KVCache with the tokens before ids; ids are added to it
+        segments   (B, T) integers, equal within one example: where they change, attention and
+                   positions start anew
+        last       number of last positions whose logits are wanted: (B, last, V); 0: all
+        head       False gives the final hidden states (B, T, C), for losses that never hold all logits
+        hidden     a list, which receives the residual stream before each layer and after the last,
+                   (B, T, C) each
         """
         x = self.model(ids, cache, segments, hidden)[:, -last:]
         return self.lm_head(x) if head else x
 
     @torch.no_grad()
     def initialize(self, generator=None):
-        """Random weights: embeddings with std 1, matrices with std 1/sqrt(fan in), which keep the scale of their input.
-        The head and the projections that write to the residual stream start at zero: loss ln V, blocks the identity.
-        An embedding that is the head too starts small instead."""
+        """Draws random weights and returns the model.
+
+        Embeddings have std 1. Matrices have std 1 / sqrt(inputs): outputs have the scale of inputs. The
+        head, and the projections that write to the residual stream, are zero: the loss begins at ln V,
+        and each block as the identity. A tied embedding, which is the head, too, starts small.
+        """
         embedding = 0.02 if self.config.tie_word_embeddings else 1.0
         for name, p in self.named_parameters():
-            if p.ndim < 2:                            # a vector of another name keeps what its module gave it
+            if p.ndim < 2:                            # other vectors keep the values of their module's __init__
                 if name.endswith(("norm.weight", "bias")):
                     p.fill_(0.0 if name.endswith("bias") else 1.0)
             elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
@@ -361,39 +373,41 @@ class Transformer(nn.Module):
     # --- counts ---
 
     def parameters_count(self):
-        """All parameters, tied ones once; quantized weights count, their scales do not."""
+        """Number of parameters: tied ones once, quantized weights without their scales."""
         quantized = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, QuantLinear))
         return sum(p.numel() for p in self.parameters()) + quantized
 
     def matmul_parameters(self):
-        """Parameters that multiply each token: all matrices but the embedding table (a tied one works as the head)."""
+        """Number of parameters that multiply each token: all but the embedding, unless it is the head."""
         return sum(m.in_features * m.out_features for part in (self.model.layers, self.lm_head) for m in part.modules()
                    if isinstance(m, (nn.Linear, QuantLinear)))
 
     def resident_bytes(self):
-        """Bytes of the weights and scales in memory, shared storage once."""
+        """Bytes of weights and scales in memory, shared storage once."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                     for t in (*self.parameters(), *self.buffers())}
         return sum(storages.values())
 
     def flops_per_token(self, context):
-        """Multiplications and additions of a token's forward pass, the mean over a causal window of `context` tokens.
-        Training costs 3 x (Kaplan et al., 2020)."""
+        """Multiplications and additions of a token's forward pass, mean over a window of `context`.
+
+        A training step costs three times as much (Kaplan et al., 2020).
+        """
         c = self.config
         attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * (context + 1)   # qk, av: half full
         return 2 * self.matmul_parameters() + attention
 
 
 class KVCache:
-    """Keys and values of the tokens read so far. One buffer per layer, (B, K, capacity, D), filled up to `length`."""
+    """Keys and values of the tokens read so far: a buffer (B, K, capacity, D) for each layer."""
     def __init__(self, config, batch, capacity, device=None, dtype=None):
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.length = 0
+        self.length = 0                               # tokens in the buffers
 
     def update(self, layer, k, v):
-        """Writes k, v (B, K, T, D) behind what is there (Body moves `length` on) and returns all keys and values."""
+        """Appends k, v (B, K, T, D) and returns all keys and values; Body then adds T to `length`."""
         end = self.length + k.shape[2]
         self.keys[layer][:, :, self.length:end] = k
         self.values[layer][:, :, self.length:end] = v
@@ -404,10 +418,10 @@ class KVCache:
 # Quantized layers: weight = integer * scale, with one float16 scale for each group of neighbours in a row
 
 def absmax_scales(weight, bits, group):
-    """Scales, float16 (out, in / group), that put the largest |weight| of each group at the last integer.
+    """Scales, float16 (out, in / group), that map the largest |weight| of a group to the last integer.
 
-    The scales are rounded to float16 before the weights are rounded: nothing is lost when they are stored.
-    A group of zeros has scale 1; a scale too small for float16 becomes the smallest number there, 2^-24.
+    Scales are rounded to float16 before the weights are rounded, so storing them loses nothing.
+    A group of zeros has scale 1; a scale too small for float16 becomes 2^-24, the least there.
     """
     largest = weight.detach().float().unflatten(1, (-1, group)).abs().amax(-1)
     scales = (largest / (2 ** (bits - 1) - 1)).half().clamp(min=2.0 ** -24)
@@ -422,12 +436,12 @@ def rounded(weight, scales, bits):
 
 
 def dequantized(integers, scales):
-    """float32 (..., in) of integers (..., in) and scales (..., in / group). It is exact: 8 and 11 bits make 19."""
+    """The weight, float32 (..., in), of integers (..., in) and scales (..., in / group); exact."""
     return (integers.unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]).flatten(-2)
 
 
 class QuantLinear(nn.Module):
-    """The common part of Int8Linear and Int4Linear, which say how integers are stored.
+    """A linear layer with integer weights. Its subclasses say how the integers are stored.
 
     q       (out, in * bits / 8), the integers as `pack` stores them
     scales  (out, in / group) float16
@@ -442,20 +456,20 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def empty(cls, n_in, n_out, bias=False, **spec):
-        """A layer whose tensors are still to be filled. Raises UserError or TypeError for a spec that does not fit."""
+        """A layer with tensors to be filled. Raises UserError or TypeError for a wrong spec."""
         return cls(torch.empty(n_out, n_in * cls.bits // 8, dtype=cls.stored),
                    torch.empty(n_out, n_in // cls.group(n_in, **spec), dtype=torch.float16),
                    nn.Parameter(torch.empty(n_out)) if bias else None)
 
     @classmethod
     def from_dense(cls, layer, **spec):
-        """The weights of an nn.Linear, or the table of an nn.Embedding, rounded to nearest. Raises as `empty` does."""
+        """Rounds the weights of an nn.Linear or nn.Embedding to nearest. Raises as `empty` does."""
         scales = absmax_scales(layer.weight, cls.bits, cls.group(layer.weight.shape[1], **spec))
         return cls.from_integers(rounded(layer.weight, scales, cls.bits), scales, getattr(layer, "bias", None))
 
     @classmethod
     def from_integers(cls, integers, scales, bias=None):
-        """A layer of integers int8 (out, in) and scales float16 (out, in / group) that another algorithm chose."""
+        """A layer of given integers, int8 (out, in), and scales, float16 (out, in / group)."""
         return cls(cls.pack(integers), scales, bias)
 
     def integers(self):
@@ -525,7 +539,7 @@ class Int4Linear(QuantLinear):
 
 
 class QuantEmbedding(nn.Module):
-    """Rows of a quantized table, gathered and dequantized: float32. A tied table is the head, the same object."""
+    """An embedding with a quantized table; its rows are float32. A tied table is the head itself."""
     def __init__(self, table):
         super().__init__()
         self.table = table
@@ -548,14 +562,14 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def empty(cls, n_in, n_out, bias=False, rank=0):
-        """A layer whose tensors are still to be filled. Raises UserError for a rank that cannot be."""
+        """A layer with tensors to be filled. Raises UserError for an impossible rank."""
         if type(rank) is not int or not 1 <= rank <= min(n_in, n_out):
             raise UserError(f"a weight of {n_out} x {n_in} has a rank from 1 to {min(n_in, n_out)}, not {rank!r}")
         return cls(nn.Linear(n_in, rank, bias=False), nn.Linear(rank, n_out, bias=bias))
 
     @classmethod
     def from_factors(cls, up, down, bias=None):
-        """From weights up (out, rank) and down (rank, in) that another algorithm chose."""
+        """A layer of given factors up (out, rank) and down (rank, in)."""
         with torch.device("meta"):
             layer = cls.empty(down.shape[1], len(up), bias is not None, len(down))
         layer.down.weight, layer.up.weight, layer.up.bias = nn.Parameter(down), nn.Parameter(up), bias
@@ -577,7 +591,7 @@ LAYERS = {"int8": Int8Linear, "int4": Int4Linear, "lowrank": LowRankLinear}
 # Reading and writing model directories
 
 def empty(config, compression):
-    """The model of a config, compressed layers too, without memory for the tensors."""
+    """The model of a config and its compressed layers, on the meta device: without memory."""
     with torch.device("meta"):
         model = Transformer(config)
         for entry in compression or []:
@@ -586,12 +600,13 @@ def empty(config, compression):
 
 
 def load(path, device="cpu", dtype=None, finite=True):
-    """The model in a directory (or a training run's best/), in eval mode.
+    """Loads the model in a directory (or in a training run's best/), in eval mode.
 
-    Tensors are mapped from the file, not copied; dtype None keeps the stored one. Integers and scales of quantized
-    layers are never converted. Raises UserError for a missing, extra or misshapen tensor, a truncated file, an unknown
-    family or kind of layer. finite=True also refuses values that are infinite or not a number, which reads all of the
-    file: a fifth of the time to the first token. finite=False leaves that to the caller, who looks at the first logits.
+    Tensors are mapped from the file, not copied. dtype None keeps the stored type; integers and
+    scales of quantized layers are never converted. finite=True refuses values that are infinite or
+    not a number. For that the whole file is read, a fifth of the time to the first token; with
+    finite=False the caller looks at the first logits. Raises UserError for a missing, unknown or
+    misshapen tensor, a truncated file, an unknown family or kind of layer.
     """
     directory = checkpoints.find_model(path)
     checkpoints.refuse_adapters(directory)
@@ -623,8 +638,8 @@ def load(path, device="cpu", dtype=None, finite=True):
 def save(model, directory, tokenizer=None, extra=None, state=None):
     """Writes a model directory, atomically.
 
-    extra(new_directory)  may add files (a training state)
-    state                 the tensors, if the model's own state dict does not hold them whole (FSDP)
+    extra(new_directory)  adds files, for example a training state
+    state                 the tensors, where the model's state dict holds shards of them (FSDP)
     Raises UserError if `directory` holds something that is not a model, which would be replaced.
     """
     config = hub.config_to_hub(model.config)

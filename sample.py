@@ -12,7 +12,7 @@
 
 Text goes to standard output while it is generated; settings and speed go to standard error.
 """
-import argparse, collections, copy, dataclasses, functools, math, sys, time
+import argparse, collections, contextlib, copy, dataclasses, functools, math, sys, time
 from pathlib import Path
 
 import data  # noqa: F401 - first, so that Ctrl-C is quiet while torch is imported
@@ -530,6 +530,8 @@ def main(argv=None):
     write, report, takeover = writer(args, model, tokenizer)
     follow = threads.following if write is generate else iter    # speculation times its own steps
     if args.chat:
+        with contextlib.suppress(ImportError):                   # Windows has none
+            import readline  # noqa: F401 - once it is there, input() edits lines by the arrow keys
         def answer(text, turn):
             seed = None if args.seed is None else args.seed + turn
             return follow(continuations(model, tokenizer, text, 1, seed, write, **sampling))
