@@ -280,7 +280,8 @@ def best_loss(out):
 def remove(out, *names):
     """Deletes models of the run in OUT (best and last), and leftovers of killed saves."""
     for name in names or ("best", "last"):
-        for place in (out / name, beside(out / name, "new"), beside(out / name, "old")):
+        for place in (out / name, *(beside(out / name, ending) for ending in ("new", "old")),
+                      out / f"{name}.new", out / f"{name}.old"):
             remove_tree(place)
 
 
@@ -424,8 +425,11 @@ def check_out(cfg):
         raise UserError(f"--init-from {cfg.init_from} is the run that --out {out} would replace: give another --out")
     if cfg.resume and first:
         if saved:
-            settle(out / "best", MODEL)
-            settle(out / "last", MODEL)
+            for name in ("best", "last"):
+                settle(out / name, MODEL)
+                for leftover in (out / f"{name}.new", out / f"{name}.old"):     # of a kill in an older version
+                    if (out / name / MODEL.marker).exists():
+                        remove_tree(leftover)
         else:
             print(f"nothing is saved in {out} yet: starting from the beginning")
     cfg.resume = cfg.resume and saved

@@ -177,3 +177,12 @@ def test_errors_while_reading_name_the_file():
     with pytest.raises(OSError) as error, reading("some.jsonl"):
         os.read(os.open(".", os.O_RDONLY), 1)                                # a directory: EISDIR, without a name
     assert sentence(error.value).startswith("some.jsonl: ")
+
+
+def test_what_an_older_version_left_in_a_run_goes(place):
+    """last.old: weights and optimizer, 12 bytes a parameter, which a kill left beside a whole last/."""
+    argv = ["--data", place / "data", "--out", place / "out", *breaking.TINY]
+    train.main(list(map(str, argv)))
+    shutil.copytree(place / "out" / "last", place / "out" / "last.old")
+    train.main(list(map(str, ["--out", place / "out", "--resume", "--steps", 5])))
+    assert {path.name for path in (place / "out").iterdir()} == {"best", "last", "log.jsonl", "loss.png"}
