@@ -42,7 +42,7 @@ from model import LAYERS, Transformer, load
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Config: TrainConfig, and
+# Config: the settings of TrainConfig, and those of a teacher
 
 @dataclasses.dataclass
 class DistillConfig(train.TrainConfig):
@@ -54,7 +54,7 @@ class DistillConfig(train.TrainConfig):
     student: str = ""               # start from this model directory, for example a pruned one
     init: str = "teacher-layers"    # teacher-layers (every k-th, as DistilBERT) or random
     layer_map: str = ""             # the teacher's layer for each of the student's, from 0: 0,2,5; "": spread evenly
-    student_layers: int = 0         # transformer blocks; 0: the most with 60 % of the parameters, 1.6 x the speed
+    student_layers: int = 0         # transformer blocks; 0: the most with 60 % of the parameters, or half
     student_width: int = 0          # with --init random: channels of the residual stream; 0: the teacher's
     student_heads: int = 0          # with --init random: query heads; 0: in proportion
     student_ffn: int = 0            # with --init random: neurons of an MLP; 0: in proportion
@@ -123,8 +123,8 @@ def generalized_jsd(log_p, log_q, beta):
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
-# A new loss is a function of log-probabilities (N, V), of teacher (p) and student (q), that gives
-# (N,), and its name here.
+# A new loss is a function (log_p, log_q, beta) -> (N,) of log-probabilities (N, V), p the teacher's and
+# q the student's, with a name here.
 DIVERGENCES = {
     "forward": lambda log_p, log_q, beta: kl(log_p, log_q),      # the student covers the teacher (Hinton et al., 2015)
     "reverse": lambda log_p, log_q, beta: kl(log_q, log_p),      # the student stays within the teacher (MiniLLM, 2023)
@@ -614,8 +614,8 @@ def plan_both(cfg, entry, machine, student, ways, eval_cost, cached):
                  or plan(0, 0, 0.0, slow, eval_cost, cfg, machine))
     cfg.control_steps = max(1, round((cfg.steps * slow + cached) / fast))
     entry["step_ms"] = [round(1000 * slow, 1), round(1000 * fast, 1)]
-    say(machine, f"{cfg.steps:,} steps of {1000 * slow:.0f} ms; as long, the cache included, takes the control: "
-        f"{cfg.control_steps:,} of {1000 * fast:.0f} ms")
+    say(machine, f"{cfg.steps:,} steps of {1000 * slow:.0f} ms; the control trains for the same time, the cache "
+        f"included: {cfg.control_steps:,} steps of {1000 * fast:.0f} ms")
 
 
 def rows_to_learn(cfg, teacher, teacher_hash, student, windows, plain, tokenizer, machine):
@@ -669,7 +669,8 @@ def main(argv=None):
     # With a cache the teacher has no part in a step.
     machine = train.tuned(machine, cfg, student, plain, train.cross_entropy if cfg.cache else loss_fn)
     batches, cached = rows_to_learn(cfg, teacher, teacher_entry["sha256"], student, windows, plain, tokenizer, machine)
-    cfg.minutes -= 0 if cfg.resume else min(cached / 60, 0.9 * cfg.minutes)
+    if not cfg.resume:                                           # making the cache is a part of the time budget
+        cfg.minutes -= min(cached / 60, 0.9 * cfg.minutes)
     eval_tokens = min(max(cfg.eval_tokens, cfg.context) if cfg.eval_tokens else math.inf, len(val.tokens))
     common = dict(evaluate=train.evaluator(val, cfg, machine, tokenizer), tokenizer=tokenizer,
                   eval_cost=eval_tokens / cfg.batch_size / cfg.context / 3, reading=windows.per_epoch * cfg.context)

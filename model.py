@@ -519,7 +519,7 @@ class Int4Linear(QuantLinear):
     @classmethod
     def group(cls, n_in, group=32, asymmetric=False):
         if asymmetric:
-            raise UserError("it has int4 with an offset for each group (asymmetric), which is no longer read: take the "
+            raise UserError("int4 with an offset for each group (asymmetric) is no longer read: take the "
                             "dense model and quantize it anew, int4:32:gptq is as good")
         if group not in cls.GROUPS or n_in % group:
             fit = [str(g) for g in cls.GROUPS if n_in % g == 0]
@@ -622,8 +622,8 @@ def load(path, device="cpu", dtype=None, finite=True):
         if not model.compression:
             tensors = hub.tensors_from_hub(tensors, config.model_type, model.state_dict())
         if config.tie_word_embeddings and not checkpoints.is_tied(tensors):          # as transformers 5 does
-            say_once(f"{directory}: config.json ties the head to the embedding, but the file holds a head of its own: "
-                     "that one is used")
+            say_once(f"{directory}: config.json ties the head to the embedding, but the file holds another head, "
+                     "which is used")
             config.tie_word_embeddings = False
             model = empty(config, settings.get("compression"))
     checkpoints.check_tensors(model, tensors, directory, finite)

@@ -389,7 +389,8 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     check_activations(model, cfg, machine)
     agree(machine, {**dataclasses.asdict(cfg), **entry})
     run = Run(model, loss_fn, cfg, machine, save, tokenizer, entry, eval_cost, reading)
-    forward = ModelAndLoss(accelerate(model, cfg.native, globals()), loss_fn)
+    accelerate(model, cfg.native, globals())                     # globals(): softmax_gradient of this file, too
+    forward = ModelAndLoss(model, loss_fn)
     forward = prepared(forward, lambda: batches(0, rows_at_once(cfg, machine)), cfg, machine)
     optimizers = make_optimizers(model, loss_fn, cfg)
     run.open(optimizers)

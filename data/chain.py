@@ -100,8 +100,8 @@ def refusal(name, form, value, wrong_value, method):
 def parse_chain(texts, forms):
     """The steps of a chain, in order. Raises UserError before any of them has done work."""
     if not texts:
-        raise UserError("a chain has no step: write one such as int8, or \"width:0.5 recover:300\" in quotes")
-    steps = [parse_step(text, forms) for text in texts]
+        raise UserError("a chain has no step: write one such as int8, or width:0.5 recover:300")
+    steps = [parse_step(word, forms) for text in texts for word in text.split()]     # also a chain in quotes
     if any(step.name == "gguf" for step in steps[:-1]):
         raise UserError("gguf must be the last step: it writes a file for other programs, not a model directory")
     check_order(steps)

@@ -50,6 +50,8 @@ def obey(line, messages):
         return "what was said is forgotten"
     if command != "/save":
         return HELP if command == "/help" else f"there is no {command}: {HELP}"
+    if not file.strip() or not messages:
+        return "/save FILE: give a name" if messages else "nothing was said yet that could be saved"
     try:
         with open(file.strip(), "x", encoding="utf-8") as out:
             for question, answer in zip(messages[::2], messages[1::2]):

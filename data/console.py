@@ -100,7 +100,7 @@ def flags_of(config_class, description, argv=None, positional=(), hidden=()):
 def numbers(text, flag, first, last):
     """The whole numbers in "0,2,5". Raises UserError if one is not in first ... last."""
     if not all(n.strip().isdigit() and first <= int(n) <= last for n in text.split(",")):
-        raise UserError(f"{flag} {text} must be whole numbers from {first} to {last}, written like 0,2,5")
+        raise UserError(f"{flag} {text} must be whole numbers from {first} to {last}, with commas between them")
     return [int(n) for n in text.split(",")]
 
 

@@ -1,4 +1,4 @@
-"""The machine: device, number type, threads, and processes that train one model (DDP, FSDP)."""
+"""The machine: device, number type, speed, and the threads of a CPU."""
 import collections, inspect, math, os, statistics, time
 
 import torch

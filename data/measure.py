@@ -308,7 +308,7 @@ def ruler(directories, args, command):
     tokenizers = {name: tokenizer_of(model, directories[name]) for name, model in models.items()}
     if args.escalate and (len(models) != 2 or len({tokenizer.hash for tokenizer in tokenizers.values()}) > 1):
         raise UserError("--escalate measures two models at work together, a small and a large one with the same "
-                        "tokenizer: compress.py --measure SMALL BIG --escalate")
+                        "tokenizer: data/measure.py SMALL BIG --escalate")
     base, files = next(iter(models)), dict(directories)
     window = min(model.config.max_position_embeddings for model in models.values())
     new_tokens = args.new_tokens or max(1, min(64, window // 4))

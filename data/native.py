@@ -21,7 +21,7 @@ from data.console import say_once
 
 SOURCE = Path(__file__).with_name("kernels.c")
 EXACT, NARROW, BLOCKS = 1e-3, 0.05, 0.2          # how far two ways may differ, as a share of the norm: see `agrees`
-FEW = 8                                # tokens: from so many rows on, products of PyTorch are faster than ours
+FEW = 8                                # rows: from here on, products of PyTorch are faster
 PARTS = 32                             # rows of partial sums that the backward passes in C write
 
 

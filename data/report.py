@@ -77,7 +77,7 @@ DISTILLATION = (("parameters", "parameters", "{:,}"), ("bits per byte", "bits_pe
                 ("perplexity", "perplexity", "{:.2f}"), ("quality kept", "quality_kept", "{:.1%}"),
                 ("gap closed", "gap_closed", "{:.0%}"), ("same top token", "agreement", "{:.1%}"),
                 ("decode", "decode_x", "{:.2f} x"), ("prefill", "prefill_x", "{:.2f} x"),
-                ("time", "seconds", "{:.0f} s"), ("of it teacher", "teacher_seconds", "{:.0f} s"))
+                ("time", "seconds", "{:.0f} s"), ("teacher's share", "teacher_seconds", "{:.0f} s"))
 
 
 def write_distillation(rows, cfg, cached):
@@ -181,7 +181,8 @@ def table(rows):
         f"Scored: {base['tokens']:,} tokens, {base['bytes']:,} bytes of text. Speed: batch {base['batch_size']}, "
         f"a prompt of {base['prompt_tokens']} tokens, {base['new_tokens']} new ones, on {base['device']}{threads}, "
         f"{base['dtype']}; medians of {base['rounds']} rounds in which the models took turns; x is the median of the "
-        "rounds' ratios. Process peak: of a fresh process that loads the model and generates; (of it before loading).")
+        "rounds' ratios. Process peak: of a fresh process that loads the model and generates; in brackets: before "
+        "loading.")
     how = sorted({row["quantized_layers"] for row in rows} - {None})
     if how:
         conditions += f" Quantized layers: {'; '.join(how)}."
@@ -218,7 +219,7 @@ def write_report(rows, text, out, shown=()):
     if has_picture and far:
         text += f"\n\nNot drawn, at more than twice the baseline's bits per byte: {', '.join(r['name'] for r in far)}."
     write_lines(rows, out)
-    title = f"# {rows[0]['name']} and what was made of it"
+    title = f"# {rows[0]['name']} and the models made of it"
     write_text(out / "report.md", f"{title}\n\n{text}\n\n    {rows[0]['command']}\n")
     print(f"\nwrote results.jsonl, report.md{' and tradeoff.png' if has_picture else ''} to {out}")
 
@@ -304,7 +305,7 @@ class Progress:
         left = ""
         if self.done:
             minutes = (time.monotonic() - self.start) * (self.total / self.done - 1) / 60
-            left = f"; about {minutes:.0f} minutes left"
+            left = "; less than a minute left" if minutes < 1 else f"; about {minutes:.0f} min left"
         tqdm.write(f"--- {name}{left}")
 
 

@@ -108,7 +108,7 @@ def peak_alone(directory, model, prompt_tokens=256, new_tokens=64):
 
 def generate_alone(directory, device, dtype, threads, prompt_tokens, new_tokens, native):
     """The program of the process of peak_alone: returns JSON of [bytes before, peak bytes]."""
-    from model import load                                       # here: a tool does not import the scripts
+    from model import load                                       # here: this function is a program of its own
     from sample import generate
     torch.set_num_threads(threads)
     device = torch.device(device)
