@@ -349,13 +349,14 @@ class Log:
 
 
 def read_log(path):
-    """The lines of log.jsonl, dicts; without a last line that a kill cut short."""
+    """The lines of log.jsonl, dicts of numbers; without lines that a kill or a bad disk damaged."""
     lines = []
     if Path(path).exists():
         for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    return [line for line in lines if isinstance(line, dict) and all(type(v) in (int, float) for v in line.values())
+            and isinstance(line.get("step"), int) and {"tokens", "seconds"} <= line.keys()]
 
 
 STATE = {"step": (int, 0, 2 ** 48), "total": (int, 0, 2 ** 48), "tokens": (int, 0, 2 ** 62),

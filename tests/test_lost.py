@@ -10,6 +10,7 @@ from data import UserError, machine
 from data.console import run, sentence
 from data.files import reading
 from data.prepare import prepare
+from data.runs import read_log
 
 if os.name != "posix":
     pytest.skip("forks, signals and file modes of POSIX", allow_module_level=True)
@@ -186,3 +187,15 @@ def test_what_an_older_version_left_in_a_run_goes(place):
     shutil.copytree(place / "out" / "last", place / "out" / "last.old")
     train.main(list(map(str, ["--out", place / "out", "--resume", "--steps", 5])))
     assert {path.name for path in (place / "out").iterdir()} == {"best", "last", "log.jsonl", "loss.png"}
+
+
+def test_a_damaged_log_costs_its_damaged_lines(place):
+    argv = ["--data", place / "data", "--out", place / "out", *breaking.TINY]
+    train.main(list(map(str, argv)))
+    log = place / "out" / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    whole = len(lines)
+    lines[0], lines[1] = lines[0].replace(b"tokens", b"tok\xd1ns", 1), lines[1].replace(b'"loss": ', b'"loss": null, "x": ', 1)
+    log.write_bytes(b"".join(lines))
+    train.main(list(map(str, ["--out", place / "out", "--resume", "--steps", 5])))
+    assert len(read_log(log)) == whole                                       # two lost, a step and an evaluation more
