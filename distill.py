@@ -671,9 +671,8 @@ def main(argv=None):
     batches, cached = rows_to_learn(cfg, teacher, teacher_entry["sha256"], student, windows, plain, tokenizer, machine)
     if not cfg.resume:                                           # making the cache is a part of the time budget
         cfg.minutes -= min(cached / 60, 0.9 * cfg.minutes)
-    eval_tokens = min(max(cfg.eval_tokens, cfg.context) if cfg.eval_tokens else math.inf, len(val.tokens))
     common = dict(evaluate=train.evaluator(val, cfg, machine, tokenizer), tokenizer=tokenizer,
-                  eval_cost=eval_tokens / cfg.batch_size / cfg.context / 3, reading=windows.per_epoch * cfg.context)
+                  eval_cost=train.evaluation_size(val, cfg)[1], reading=windows.per_epoch * cfg.context)
     if cfg.control and not cfg.control_steps:
         plan_both(cfg, entry, machine, student, ((batches, loss_fn), (plain, train.cross_entropy)), common["eval_cost"],
                   cached)

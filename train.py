@@ -500,6 +500,12 @@ def new_model(cfg, tokenizer, machine):
     return Transformer(config).initialize(torch.Generator().manual_seed(cfg.seed))
 
 
+def evaluation_size(val, cfg):
+    """(validation tokens of one evaluation, its cost in training steps)."""
+    tokens = min(max(cfg.eval_tokens, cfg.context) if cfg.eval_tokens else math.inf, len(val.tokens))
+    return tokens, tokens / (cfg.batch_size * cfg.context) / 3           # without a backward pass: a third
+
+
 def evaluator(val, cfg, machine, tokenizer):
     """evaluate(model) for fit: figures on the Windows `val`; each process scores a share."""
     def own_batches():
@@ -542,13 +548,13 @@ def main(argv=None):
     train, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
     entry = history_entry(cfg, train.meta, tokenizer, model)
     batches = lambda first, count: train.training_rows(cfg.seed, first, count)
-    eval_tokens = min(max(cfg.eval_tokens, cfg.context) if cfg.eval_tokens else math.inf, len(val.tokens))
+    eval_tokens, eval_cost = evaluation_size(val, cfg)
     show_sizes(cfg, machine, model, train, eval_tokens)
     if train.mask is not None:
         show_example(machine, tokenizer, batches(0, 1))
     machine = tuned(machine, cfg, model, batches, cross_entropy)
     fit(model, batches, cross_entropy, cfg, machine, evaluate=evaluator(val, cfg, machine, tokenizer),
-        tokenizer=tokenizer, entry=entry, eval_cost=eval_tokens / (cfg.batch_size * cfg.context) / 3,
+        tokenizer=tokenizer, entry=entry, eval_cost=eval_cost,
         reading=train.per_epoch * cfg.context)
     if machine.rank == 0:
         picture(Path(cfg.out))

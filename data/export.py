@@ -10,6 +10,7 @@ import torch
 
 from data import UserError
 from data.files import replacing_file
+from data.structure import is_quantized
 from data.tiktoken_plan import GPT2, GPT2_DIGITS, QWEN2
 
 GGUF_TYPES = ("f32", "f16", "q8_0", "q4_0")
@@ -85,11 +86,6 @@ def stored_blocks(layer):
     integers, scales = (t.cpu().numpy() for t in layer.integers())
     scales = np.repeat(scales, integers.shape[1] // 32 // scales.shape[1], axis=1)
     return (q8_0_blocks if layer.bits == 8 else q4_0_blocks)(integers, scales)
-
-
-def is_quantized(layer):
-    """Whether a layer, or a tensor, is a QuantLinear of model.py."""
-    return hasattr(layer, "scales")
 
 
 def gguf_mismatch(model, kind):

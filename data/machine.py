@@ -6,6 +6,7 @@ from torch import nn
 
 from data import UserError
 from data.processes import from_first, join_processes, say, shard
+from data.structure import has_quantized
 
 try:
     from data import native
@@ -311,7 +312,7 @@ def threads_for(model, count, device):
 
 def how_quantized_layers_run(model):
     """The arithmetic of a model's quantized layers, in words; None for a model that has none."""
-    if not any(hasattr(m, "scales") for m in model.modules()):
+    if not has_quantized(model):
         return None
     on_cpu = next(model.parameters()).device.type == "cpu" and model.dtype == torch.float32
     if on_cpu and is_accelerated(model):

@@ -18,6 +18,7 @@ from torch import nn
 
 from data.compiled import build_library, built_library
 from data.console import say_once
+from data.structure import has_quantized
 
 SOURCE = Path(__file__).with_name("kernels.c")
 EXACT, NARROW, BLOCKS = 1e-3, 0.05, 0.2          # how far two ways may differ, as a share of the norm: see `agrees`
@@ -109,10 +110,17 @@ def agrees(found, expected, tolerance=EXACT):
 PROVEN = {}                            # functions of model.py: whether C gave their result
 
 
+def note_proof(key, name, agreed):
+    """Notes whether C gave the result of a function; one sentence says where PyTorch stays."""
+    PROVEN[key] = agreed
+    if not agreed:
+        say_once(f"PyTorch computes {name}, not the C kernels: it computes something else")
+
+
 def proven(plain, fast, *args, also=None, tolerance=EXACT):
     """fast(), if its first result was that of plain(*args), a method of a class in model.py; else plain(*args).
 
-    One sentence says where PyTorch stays. also: another function whose work is done in C
+    also: another function whose work is done in C
     """
     key = plain.__func__, also
     if key not in PROVEN:
@@ -120,9 +128,7 @@ def proven(plain, fast, *args, also=None, tolerance=EXACT):
             expected = plain(*args)
             if not expected.isfinite().all():         # said elsewhere; the next call may prove it
                 return plain(*args)
-            PROVEN[key] = agrees(fast(), expected, tolerance)
-        if not PROVEN[key]:
-            say_once(f"PyTorch computes {plain.__qualname__}, not the C kernels: it computes something else")
+            note_proof(key, plain.__qualname__, agrees(fast(), expected, tolerance))
     return fast() if PROVEN[key] else plain(*args)
 
 
@@ -277,7 +283,8 @@ class NativeBody(Accelerated):
         x = super().forward(ids, cache)
         if decoder is None and applies(x) and len(x) == len(cache.keys[0]):
             before = vars(cache).get("read") or (ids[:, :0], x[:, :0])
-            cache.read = torch.cat((before[0], ids), 1), torch.cat((before[1], x), 1)
+            new = ids[:, 1 - FEW:], x[:, 1 - FEW:]    # C reads no more than these again
+            cache.read = tuple(torch.cat(pair, 1) for pair in zip(before, new))
             if cache.read[0].shape[1] > 1:            # one token says too little of a gate that depends on it
                 cache.decoder, cache.read = decoder_of(self, cache, *cache.read), None
         return x
@@ -331,9 +338,8 @@ def fast_softmax_gradient(plain):
         if not applies(logits):
             return plain(logits, targets)
         if plain not in PROVEN:
-            PROVEN[plain] = all(map(agrees, in_c(logits.clone(), targets), plain(logits.clone(), targets)))
-            if not PROVEN[plain]:
-                say_once("PyTorch computes softmax_gradient, not the C kernels: it computes something else")
+            results = in_c(logits.clone(), targets), plain(logits.clone(), targets)
+            note_proof(plain, "softmax_gradient", all(map(agrees, *results)))
         return in_c(logits, targets) if PROVEN[plain] else plain(logits, targets)
 
     def in_c(logits, targets):
@@ -380,11 +386,6 @@ def multiply(built, layer, x):
     if built.linear(layer, x.data_ptr(), x.numel() // layer[4], y.data_ptr()):
         raise MemoryError("no memory for the activations of a layer")
     return y
-
-
-def has_quantized(module):
-    """Whether a layer in the module is quantized."""
-    return any(hasattr(m, "scales") for m in module.modules())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def calibration_rows(source, tokenizer, context, count, seed):
     if not source.is_file():
         windows = Windows(source, "train", context)
         return windows.meta["name"], windows.training_rows(seed, 0, min(count, windows.per_epoch))
-    ids = tokenizer.encode_array(decoded(source.read_bytes(), f"--calibration {source}"))
+    ids = ids_of_text(source, tokenizer)
     if len(ids) <= context:
         raise UserError(f"--calibration {source} has {len(ids)} tokens, less than one window of {context} and the "
                         "token after it: name a longer text")
@@ -80,10 +80,15 @@ def calibration_rows(source, tokenizer, context, count, seed):
     return source.name, Batch(rows[:, :-1], rows[:, 1:], None)
 
 
+def ids_of_text(source, tokenizer):
+    """The ids of a text file for calibration. Raises UserError if it is not UTF-8."""
+    return tokenizer.encode_array(decoded(source.read_bytes(), f"--calibration {source}"))
+
+
 def id_counts(source, tokenizer):
     """(counts of ids (V,), name) of a text file, or of the training split of prepared data."""
     if source.is_file():
-        ids, name = tokenizer.encode_array(decoded(source.read_bytes(), f"--calibration {source}")), source.name
+        ids, name = ids_of_text(source, tokenizer), source.name
     else:
         meta = read_meta(source)
         ids, name = np.memmap(source / "train.bin", dtype=meta["dtype"], mode="r"), meta["name"]

@@ -33,6 +33,16 @@ def axes_of(name):
     return AXES[module]
 
 
+def is_quantized(layer):
+    """Whether a layer is a QuantLinear of model.py; a tensor is none."""
+    return hasattr(layer, "scales")
+
+
+def has_quantized(module):
+    """Whether a layer in the module is quantized."""
+    return any(map(is_quantized, module.modules()))
+
+
 def dense_layers(model):
     """{name: layer} of all dense matrices, without a tied head and learned positions."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))
