@@ -64,7 +64,7 @@ from data.structure import (AXES, axes_of, body_layers, candidate_sizes, dense_l
 from data.tokenizer import Tokenizer
 from data.vocabulary import cut_tokenizer
 from distill import quantization_aware_training, recover_step
-from model import LAYERS, LowRankLinear, QuantLinear, absmax_scales, dequantized, load, rounded, save
+from model import LAYERS, LowRankLinear, QuantLinear, dequantized, group_scales, load, rounded, save
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,21 +321,6 @@ def round_to_nearest(model, entries):
         model.replace(entry, LAYERS[entry["kind"]].from_dense(model.get_submodule(entry["module"]), **spec))
 
 
-def searched_scales(weight, importance, bits, group):
-    """Scales, float16 (out, in / group), that clip the largest weights as far as that pays.
-
-    Outliers would make the steps wide for a group. importance (in,): the cost of a squared error.
-    """
-    best, least = None, torch.tensor(math.inf)
-    for share in torch.linspace(1.0, 0.5, 11).tolist():
-        scales = absmax_scales(weight * share, bits, group)
-        error = dequantized(rounded(weight, scales, bits), scales) - weight                      # (out, in)
-        error = (error.square() * importance).unflatten(1, (-1, group)).sum(-1)                  # (out, in / group)
-        best = scales if best is None else torch.where(error < least, scales, best)
-        least = torch.minimum(least, error)
-    return best
-
-
 def damped_cholesky(hessian, name, geometric=False):
     """Lower Cholesky factor of a Hessian (n, n) float64 plus 1 % of the mean diagonal, or more.
 
@@ -397,7 +382,7 @@ def gptq(weight, hessian, bits, group, drift=None, name="a layer"):
 
     def finalize(i, columns, cost):
         if i % group == 0:
-            scales.append(searched_scales(columns[i:i + group].T, importance[i:i + group], bits, group))
+            scales.append(group_scales(columns[i:i + group].T, bits, group, importance[i:i + group]))
         integers[i] = rounded(columns[i, :, None], scales[-1], bits)[:, 0]
         return dequantized(integers[i, :, None], scales[-1])[:, 0]
 

@@ -11,7 +11,7 @@
    takes most of the time. So W is stored in fewer bits: a weight is a small integer times a scale.
 
        w = q * scale       int8: q from -127 to 127, one scale for each row
-                           int4: q from   -7 to   7, one scale for each 32, 64 or 128 neighbours
+                           int4: q from   -8 to   7, one scale for each 32, 64 or 128 neighbours
 
    A CPU multiplies integers by integers fastest. So the activations x are rounded too, just before
    the product, to 8 bits, with one scale for each group of 32 neighbours (llama.cpp does the same

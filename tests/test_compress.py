@@ -60,11 +60,11 @@ def run(*argv):
 
 
 def bound(weight, scales, bits):
-    """Half a step; and at the end of the integers what the scale lost when it was rounded to float16."""
-    group = weight.shape[1] // scales.shape[1]
-    largest = weight.unflatten(1, (-1, group)).abs().amax(-1)
-    cut = (largest - scales.float() * (2 ** (bits - 1) - 1)).clamp(min=0)
-    return torch.maximum(scales.float() / 2, cut).repeat_interleave(group, 1) * (1 + 1e-6)
+    """Half a step, or the distance to the range of the integers for a weight beyond it."""
+    steps = scales.float().repeat_interleave(weight.shape[1] // scales.shape[1], 1)
+    ends = torch.stack([steps * i for i in ((-127, 127) if bits == 8 else (-8, 7))])
+    beyond = torch.maximum(ends.amin(0) - weight, weight - ends.amax(0))
+    return torch.maximum(steps.abs() / 2, beyond) * (1 + 1e-6)
 
 
 # --- one layer ---
@@ -75,14 +75,14 @@ def test_rounding_is_at_most_half_a_step(kind, spec, scale):
     dense = linear(scale=scale)
     layer = LAYERS[kind].from_dense(dense, **spec)
     integers, scales = layer.integers()
-    last = 2 ** (layer.bits - 1) - 1
-    assert integers.dtype == torch.int8 and scales.dtype == torch.float16 and -last <= integers.min() and integers.max() <= last
+    first, last = (-127, 127) if layer.bits == 8 else (-8, 7)
+    assert integers.dtype == torch.int8 and scales.dtype == torch.float16 and first <= integers.min() and integers.max() <= last
     assert scales.shape == (48, 256 // spec.get("group", 256)) and integers.shape == dense.weight.shape
     assert ((dense.weight - layer.dense()).abs() <= bound(dense.weight, scales, layer.bits)).all()
     # the definition, in float64: scale rounded first, then integer * scale exactly
     wide = integers.double() * scales.double().repeat_interleave(256 // scales.shape[1], 1)
     assert torch.equal(layer.dense().double(), wide)
-    if scale == 1.0:                                             # where float16 has all its digits, nothing is cut
+    if scale == 1.0 and layer.bits == 8:                         # where float16 has all its digits, nothing is cut
         assert ((dense.weight - layer.dense()).abs() <= scales.float().repeat_interleave(256 // scales.shape[1], 1) * 0.5001).all()
     assert torch.equal(layer.bias, dense.bias)
 
@@ -98,9 +98,9 @@ def test_zeros_and_the_smallest_and_a_single_weight(kind, spec):
         dense.weight[6, 9] = -3.0
     layer = LAYERS[kind].from_dense(dense, **spec)
     integers, scales = layer.integers()
-    assert (integers[3] == 0).all() and (scales[3] == 1).all() and (layer.dense()[4, :128] == 0).all()
-    assert (scales[5] == 2 ** -24).all() and (scales > 0).all() and layer.dense().isfinite().all()
-    assert integers[6, 9] == -(2 ** (layer.bits - 1) - 1) and layer.dense()[6, 9] == pytest.approx(-3.0, rel=1e-3)
+    assert (integers[3] == 0).all() and (scales[3] == 2 ** -24).all() and (layer.dense()[4, :128] == 0).all()
+    assert (scales[5].abs() == 2 ** -24).all() and (scales != 0).all() and layer.dense().isfinite().all()
+    assert integers[6, 9] in ((-127,) if layer.bits == 8 else (-7, -8)) and layer.dense()[6, 9] == pytest.approx(-3.0, rel=1e-3)
     assert ((dense.weight - layer.dense()).abs() <= bound(dense.weight, scales, layer.bits)).all()
 
 

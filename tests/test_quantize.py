@@ -13,7 +13,7 @@ from data.chain import parse_arguments, parse_step
 from data.loader import Batch, Windows
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from model import LAYERS, Int4Linear, Transformer, absmax_scales, dequantized, load, rounded, save
+from model import LAYERS, Int4Linear, Transformer, dequantized, group_scales, load, rounded, save
 from shared import config_of, correlated, hessian_of, trained
 from data.structure import dequantize
 
@@ -61,25 +61,38 @@ def output_error(weight, found, x):
 
 # --- rounding to nearest ---
 
-@pytest.mark.parametrize("group", [32, 64])
-def test_nearest_is_at_most_half_a_step_away(group):
-    weight = correlated()[0] + 0.5
-    dense = nn.Linear(64, 24)
-    dense.weight.data = weight
-    layer = Int4Linear.from_dense(dense, group=group)
-    step = layer.scales.float().repeat_interleave(group, 1)
-    slack = 7 * step * 2 ** -10                                   # at the last integers, what float16 took from the scale
-    assert ((weight - layer.dense()).abs() <= step / 2 + slack).all()
+def squared_error(weight, scales, importance=1.0):
+    """Error of each group by the definition, in float64: every integer of -8..7 is tried."""
+    w, steps = weight.double().unflatten(1, (scales.shape[1], -1))[..., None], torch.arange(-8, 8) * scales.double()[..., None, None]
+    return (((w - steps) ** 2).amin(-1) * torch.as_tensor(importance).double().expand(weight.shape[1]).view(scales.shape[1], -1)).sum(-1)
 
 
-def test_searched_scales_lose_no_more_than_the_widest():
-    weight, x = correlated()
-    importance = hessian_of(x).diagonal().float()
-    widest, found = absmax_scales(weight, 4, 32), compress.searched_scales(weight, importance, 4, 32)
-    losses = [((dequantized(rounded(weight, scales, 4), scales) - weight).square() * importance).unflatten(1, (-1, 32)).sum(-1)
-              for scales in (widest, found)]
-    assert found.shape == widest.shape and found.dtype == torch.float16
-    assert (losses[1] <= losses[0]).all() and losses[1].sum() < 0.97 * losses[0].sum()
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_full_range_scales_lose_a_quarter_less_than_seven_steps_to_each_side(group):
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(1))
+    largest = weight.unflatten(1, (-1, group)).abs().amax(-1)
+    seven, eight, found = largest / 7, largest / 8, group_scales(weight, 4, group)
+    assert found.dtype == torch.float16 and found.shape == (64, 512 // group) and (found < 0).any() and (found > 0).any()
+    assert squared_error(weight, found).sum() < 0.75 * squared_error(weight, seven).sum()
+    # nearly all that a fine grid of scales of both signs finds, for each group
+    grid = torch.cat([sign * eight * share for sign in (1, -1) for share in torch.linspace(0.6, 1.2, 61)]).view(122, *eight.shape)
+    best = torch.stack([squared_error(weight, scales) for scales in grid]).amin(0)
+    assert squared_error(weight, found).sum() < 1.03 * best.sum()
+
+
+def test_scales_heed_the_cost_of_an_error():
+    weight, importance = correlated()[0], torch.logspace(-2, 2, 64)
+    plain, heeding = group_scales(weight, 4, 32), group_scales(weight, 4, 32, importance)
+    assert squared_error(weight, heeding, importance).sum() < 0.95 * squared_error(weight, plain, importance).sum()
+    importance[:32] = 0                                            # inputs that are always zero
+    assert group_scales(weight, 4, 32, importance).isfinite().all()
+
+
+def test_rounding_what_was_rounded_changes_nothing():
+    once = Int4Linear.from_dense(nn.Linear(256, 96, bias=False), group=32).dense()
+    layer = nn.Linear(256, 96, bias=False)
+    layer.weight.data = once
+    assert (Int4Linear.from_dense(layer, group=32).dense() - once).abs().max() < 1e-6
 
 
 # --- GPTQ of one layer ---
@@ -94,7 +107,7 @@ def brute_force(weight, hessian, importance, group, drift=None):
     integers = torch.empty(weight.shape, dtype=torch.int8)
     for i in range(n):
         if i % group == 0:
-            scales = compress.searched_scales(weight[:, i:i + group].float(), importance[i:i + group], 4, group)
+            scales = group_scales(weight[:, i:i + group].float(), 4, group, importance[i:i + group])
         integers[:, i] = rounded(weight[:, i, None].float(), scales, 4)[:, 0]
         error = weight[:, i] - dequantized(integers[:, i, None], scales)[:, 0].double()
         inverse = torch.linalg.inv(hessian[i:, i:])
@@ -118,9 +131,9 @@ def test_gptq_is_the_brute_force_algorithm(with_drift):
 def test_gptq_keeps_outputs_better_than_nearest(group):
     for seed in range(3):
         weight, x = correlated(seed=seed)
-        scales = absmax_scales(weight, 4, group)
+        scales = group_scales(weight, 4, group)
         nearest, found = (rounded(weight, scales, 4), scales), compress.gptq(weight, hessian_of(x), 4, group)
-        assert found[0].min() >= -7 and found[0].max() <= 7
+        assert found[0].min() >= -8 and found[0].max() <= 7
         assert output_error(weight, found, x) < 0.5 * output_error(weight, nearest, x)
 
 
