@@ -103,9 +103,11 @@ class Tokenizer:
         if self.eos_token not in self._added:
             raise UserError(f"tokenizer_config.json has no usable eos_token (it says {self.eos_token!r})")
         self.eos_id = self._added[self.eos_token]
-        turns = [self._added.get(t, -1) for t in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>")]
+        turns = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
+        turns = [self._added.get(t, -1) for t in turns]
         self.eos_ids = list(dict.fromkeys(i for i in [self.eos_id, *turns, *ends] if 0 <= i < self.vocab_size))
-        unsafe = [*self.special_tokens, *(t for t, i in self._added.items() if i in self.eos_ids)]
+        ending = [t for t, i in self._added.items() if i in self.eos_ids]
+        self._ends, unsafe = any_of(ending), [*self.special_tokens, *ending]
         self._unsafe = any_of(t for t in unsafe if len(t) > 1 and GUARD not in t)  # GUARD needs two characters
 
     def _read_bos(self):
@@ -220,15 +222,25 @@ class Tokenizer:
             texts = template.render(self.chat_template, [
                 {**tokens, "messages": messages, "add_generation_prompt": prompt} for messages, prompt in chats])
         except ValueError as e:
-            raise UserError(f"the tokenizer's chat template failed: {e}") from None
+            raise UserError(f"the tokenizer's chat template failed: {e}{template.way_out(chats)}") from None
         for text, (messages, _) in zip(texts, chats):
-            content = messages[-1].get("content") if messages else None
-            if isinstance(content, str) and not template.shows(text, content):
-                raise UserError(
-                    f"the tokenizer's chat template loses the text of the message of {messages[-1].get('role')} (it may"
-                    " want parts, or other names): give the model a template for plain text, as chat_template in "
-                    "tokenizer_config.json or as chat_template.jinja")
+            for message in template.fresh(messages):
+                content, role = message.get("content"), message.get("role")
+                if isinstance(content, str) and not template.shows(text, content):
+                    raise UserError(f"the tokenizer's chat template loses the text of the message of {role} (it may "
+                                    f"want parts, or other names){template.way_out(chats)}: {template.OTHER}")
         return texts
+
+    def last_end(self, text):
+        """(place behind the last end token of a rendered text, that token); (0, "") without one."""
+        last = (0, "")
+        for found in self._ends.finditer(text):
+            last = found.end(), found[0]
+        return last
+
+    def unguarded(self, text):
+        """A rendered text as it was said, without GUARD."""
+        return text.replace(GUARD, "")
 
     def _guard(self, value):
         """A copy of messages in which no text holds a special token."""
