@@ -82,9 +82,8 @@ def text_of_record(place, fields, names=Names()):
         wanted = f'the string fields "{names.prompt or "prompt"}" and "{names.response or "response"}"'
     else:
         wanted = 'the string field "text", or the two "prompt" and "response", or the list "messages"'
-    has = ", ".join(f'"{key}"' for key in fields)
-    raise UserError(f"{place}: needs {wanted}; it has {(has[:196] + " ..." if len(has) > 200 else has) or "none"}"
-                    ": name other fields by --text-field, or by --prompt-field and --response-field")
+    has = ", ".join(f'"{key}"' for key in fields) or "none"
+    raise UserError(f"{place}: needs {wanted}; it has {has if len(has) < 200 else has[:196] + ' ...'}: name other fields by --text-field, or by --prompt-field and --response-field")
 
 
 def message(place, turn):
