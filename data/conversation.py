@@ -83,7 +83,9 @@ def text_of_record(place, fields, names=Names()):
     else:
         wanted = 'the string field "text", or the two "prompt" and "response", or the list "messages"'
     has = ", ".join(f'"{key}"' for key in fields) or "none"
-    raise UserError(f"{place}: needs {wanted}; it has {has if len(has) < 200 else has[:196] + ' ...'}: name other fields by --text-field, or by --prompt-field and --response-field")
+    has = has if len(has) < 200 else f"{has[:196]} ..."
+    raise UserError(f"{place}: needs {wanted}; it has {has}: name other fields by --text-field, or by --prompt-field "
+                    "and --response-field")
 
 
 def message(place, turn):

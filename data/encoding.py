@@ -4,7 +4,7 @@ Second pass of prepare: threads encode documents into files that can be continue
 A task is a list of (TRAIN or VAL, item). An item is a piece of text, an Example, or None at a
 document's end. The tasks of the same sources are always the same, so a count says what is done.
 """
-import contextlib, json, os
+import contextlib, itertools, json, os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,10 +45,9 @@ def encode_conversations(tokenizer, conversations, last_only=False):
     The text before a turn and the text after it come from the template, for all turns at once.
     """
     learned = [answers(messages)[-1 if last_only else 0:] for messages in conversations]
-    chats = [(messages[:i + after], not after) for messages, turns in zip(conversations, learned)
-             for i in turns for after in (0, 1)]
-    texts = iter(tokenizer.render_all(chats))
-    return [encode_turns(tokenizer, [(next(texts), next(texts), messages[i]["content"]) for i in turns])
+    texts = tokenizer.render_all((messages[:i + after], not after) for messages, turns in zip(conversations, learned)
+                                 for i in turns for after in (0, 1))
+    return [encode_turns(tokenizer, ((next(texts), next(texts), messages[i]["content"]) for i in turns))
             for messages, turns in zip(conversations, learned)]
 
 
@@ -56,36 +55,33 @@ def encode_turns(tokenizer, turns):
     """(ids, mask) of a conversation: its turns of the assistant are LEARNED, and nothing else.
 
     turns   (the text up to the turn with the generation prompt, the text with the turn, the words)
-            for each turn of the assistant
+            for each turn of the assistant: an iterator, as all texts of a long chat fill the memory
 
-    LEARNED is all that the template writes for a turn, up to the last end token; the conversation
-    ends there. Each turn is learned in the text that a chat shows at that turn. Mostly this text
-    begins with the text of the turn before, so the conversation is one example. Some templates show
-    a turn in another way once it is in the past: Qwen3's takes thoughts out. No single text has
-    both, so such a turn and the turns after it begin an example of their own (FIRST), which shows
-    the past as the chat does.
+    LEARNED is all that the template writes for a turn, up to the end token of the turn, or for the
+    last turn the last end token: some templates end the text, too. Text after that is left out.
+
+    Each turn is learned in the text that a chat shows at that turn. Mostly this text begins with
+    the text of the turn before, so the conversation is one example. Some templates show a turn in
+    another way once it is in the past: Qwen3's takes thoughts out. No single text has both, so the
+    next turn begins an example of its own (FIRST), which shows the past as the chat does.
     """
-    ids, mask, text, end = [], [], None, ""  # text: of this example so far, up to the token `end`
-    for prompt, full, words in turns:
+    ids, mask, begun, end = [], [], "", ""  # begun: the text of this example up to the token `end`
+    for (prompt, full, words), following in itertools.pairwise(itertools.chain(turns, [None])):
         rest = full[len(prompt):]
         if not full.startswith(prompt):
-            raise UserError("the tokenizer's chat template does not write an answer right after its generation prompt, "
-                            f"as one does that opens a thought there: {OTHER}")
+            raise UserError("the tokenizer's chat template does not write an answer right after its generation prompt "
+                            f"(it may open a thought there): {OTHER}")
         if not shows(tokenizer.unguarded(rest), words):
             raise UserError(f"the tokenizer's chat template loses the text of the message of assistant: {OTHER}")
-        if text is None or not prompt.startswith(text):
-            head, tail = encode_turn(tokenizer, prompt, rest)
-            if tokenizer.bos_id is not None and head[:1].tolist() != [tokenizer.bos_id]:  # as in a chat
-                head = np.append(np.uint32(tokenizer.bos_id), head)
-            first = FIRST
-        else:
-            head, tail = encode_turn(tokenizer, prompt[len(text):], rest, end)
-            first = 0
+        size, token = tokenizer.first_end(rest)
+        goes_on = token and following and following[0].startswith(prompt + rest[:size])
+        head, tail = encode_turn(tokenizer, prompt[len(begun):], rest[:size] if goes_on else rest, end)
+        if not begun and tokenizer.bos_id is not None and head[:1].tolist() != [tokenizer.bos_id]:  # as in a chat
+            head = np.append(np.uint32(tokenizer.bos_id), head)
         ids += [head, tail]
         mask.append(np.repeat(np.array([0, LEARNED], np.uint8), [len(head), len(tail)]))
-        mask[-1][0] |= first
-        words_end, end = tokenizer.last_end(rest)
-        text = prompt + rest[:words_end] if end else None  # without an end token the past differs, too
+        mask[-1][0] |= 0 if begun else FIRST
+        begun, end = (prompt + rest[:size], token) if goes_on else ("", "")
     return np.concatenate(ids), np.concatenate(mask)
 
 

@@ -138,28 +138,25 @@ def render(template, variables):
 
     Our own templates run in this process. Raises ValueError with the reason if the template fails.
     """
-    texts = []
-    for some in requests(variables):
-        if template in (CHATML, PLAIN):
-            reply = answer(template, some)
-        else:
-            line = second.ask(json.dumps([SECONDS, template, some]).encode("ascii"))
-            reply = json.loads(line) if line else {"error": LIMITS}
-        if "error" in reply:
-            raise ValueError(reply["error"])
-        texts += reply["texts"]
-    return texts
+    if template in (CHATML, PLAIN):
+        reply = answer(template, variables)
+    else:
+        line = second.ask(json.dumps([SECONDS, template, variables]).encode("ascii"))
+        reply = json.loads(line) if line else {"error": LIMITS}
+    if "error" in reply:
+        raise ValueError(reply["error"])
+    return reply["texts"]
 
 
-def requests(variables):
-    """Yields `variables` in lists of about REQUEST characters.
+def requests(chats):
+    """Yields chats (messages, ...) in lists of about REQUEST characters.
 
     A conversation of n turns is rendered up to each turn: n / 2 times the text in the mean.
     """
     some, size = [], 0
-    for values in variables:
-        some.append(values)
-        size += sum(len(m["content"]) for m in values["messages"] if isinstance(m.get("content"), str))
+    for chat in chats:
+        some.append(chat)
+        size += sum(len(m["content"]) for m in chat[0] if isinstance(m.get("content"), str))
         if size > REQUEST:
             yield some
             some, size = [], 0
@@ -176,7 +173,7 @@ def fresh(messages):
 
 
 def way_out(chats):
-    """A clause for messages, what to change in `chats` of roles that a template may not take."""
+    """A clause for messages: how to change `chats` whose roles a template may not take."""
     roles = [[message.get("role") for message in messages] for messages, _ in chats]
     if any("system" in some for some in roles):
         return "; if it takes no system message, put that text at the beginning of the first question"

@@ -207,36 +207,35 @@ class Tokenizer:
 
     def render(self, messages, add_generation_prompt=True):
         """Renders a chat [{"role", "content"}, ...] for encode(special=True): see render_all."""
-        return self.render_all([(messages, add_generation_prompt)])[0]
+        return next(self.render_all([(messages, add_generation_prompt)]))
 
     def render_all(self, chats):
-        """Renders chats [(messages, add_generation_prompt), ...] by the template: a list of str.
+        """Renders chats (messages, add_generation_prompt) by the template: yields a str for each.
 
         Where a message contains the text of a special token, GUARD is put inside, and encode takes
         GUARD out again: no message can end the turn. Raises UserError if the template fails.
         """
         tokens = {k: self._named_token(k) for k in ("bos_token", "unk_token", "pad_token") if self._named_token(k)}
         tokens.update(tools=None, documents=None, eos_token=self.eos_token)
-        chats = [(self._guard(messages), prompt) for messages, prompt in chats]
-        try:
-            texts = template.render(self.chat_template, [
-                {**tokens, "messages": messages, "add_generation_prompt": prompt} for messages, prompt in chats])
-        except ValueError as e:
-            raise UserError(f"the tokenizer's chat template failed: {e}{template.way_out(chats)}") from None
-        for text, (messages, _) in zip(texts, chats):
-            for message in template.fresh(messages):
-                content, role = message.get("content"), message.get("role")
-                if isinstance(content, str) and not template.shows(text, content):
-                    raise UserError(f"the tokenizer's chat template loses the text of the message of {role} (it may "
-                                    f"want parts, or other names){template.way_out(chats)}: {template.OTHER}")
-        return texts
+        for some in template.requests(chats):
+            some = [(self._guard(messages), prompt) for messages, prompt in some]
+            try:
+                texts = template.render(self.chat_template, [
+                    {**tokens, "messages": messages, "add_generation_prompt": prompt} for messages, prompt in some])
+            except ValueError as e:
+                raise UserError(f"the tokenizer's chat template failed: {e}{template.way_out(some)}") from None
+            for text, (messages, _) in zip(texts, some):
+                lost = next((m for m in template.fresh(messages) if isinstance(m.get("content"), str)
+                             and not template.shows(text, m["content"])), None)
+                if lost:
+                    raise UserError(f"the tokenizer's chat template loses the text of the message of {lost.get('role')} "
+                                    f"(it may want parts, or other names){template.way_out(some)}: {template.OTHER}")
+                yield text
 
-    def last_end(self, text):
-        """(place behind the last end token of a rendered text, that token); (0, "") without one."""
-        last = (0, "")
-        for found in self._ends.finditer(text):
-            last = found.end(), found[0]
-        return last
+    def first_end(self, text):
+        """(place behind the first end token of a rendered text, that token); (0, "") without one."""
+        found = self._ends.search(text)
+        return (found.end(), found[0]) if found else (0, "")
 
     def unguarded(self, text):
         """A rendered text as it was said, without GUARD."""
