@@ -4,7 +4,7 @@
     python sample.py out --prompt "import os" --samples 3 --temperature 0.8 --top-p 0.95
     echo "class Stack:" | python sample.py out --max-new-tokens 300 --seed 7
     python sample.py out --file notes.txt --temperature 0
-    python sample.py out-faq --chat                 # a model trained on prompts and responses
+    python sample.py out-faq --chat                 # a model trained on conversations
     python sample.py out --draft out-small          # speculative decoding: the same text, faster
     python sample.py out --lookup --file notes.txt  # prompt-lookup decoding: no second model
     python sample.py out-small --escalate out       # a cascade: a large model writes unsure tokens
@@ -383,6 +383,7 @@ def sample_arguments(argv):
     source.add_argument("--file", help="read the text to continue from this file")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question in the model's chat template; "
                         "without a prompt, a conversation: a line a turn")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: a system message before the conversation")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--samples", type=int, default=1, help="number of continuations, generated as one batch")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy, always the likeliest token")
@@ -420,6 +421,8 @@ def check_arguments(args, default_margin):
     for flag in ("draft", "self_draft", "lookup", "escalate", "chat") if args.samples > 1 else ():
         if getattr(args, flag):
             raise UserError(f"--{flag.replace('_', '-')} is for one continuation: leave out --samples")
+    if args.system is not None and (not args.chat or not args.system.strip()):
+        raise UserError("--system is the text of a system message, and goes with --chat")
     if not args.escalate and args.margin != default_margin:
         raise UserError("--margin says when a larger model helps: it needs --escalate BIG_DIR")
     if not 0 < args.margin < 1:
@@ -535,7 +538,7 @@ def main(argv=None):
         def answer(text, turn):
             seed = None if args.seed is None else args.seed + turn
             return follow(continuations(model, tokenizer, text, 1, seed, write, **sampling))
-        converse(prompt, tokenizer, window, args.max_new_tokens, answer, model_name(args.model))
+        converse(prompt, tokenizer, window, args.max_new_tokens, answer, model_name(args.model), args.system)
         return print(f"[{report()}]" if report() else "", file=sys.stderr)
     if (count := len(tokenizer.encode(prompt, special=True, bos=True))) > window:
         print(f"the prompt has {count} tokens, the window {window}: only the last {window} are read", file=sys.stderr)

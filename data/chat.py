@@ -1,6 +1,8 @@
 """Text as it comes: a stream of ids as text, and a conversation on standard input."""
 import codecs, contextlib, json, sys
 
+from data import UserError
+
 
 def readable_pieces(tokenizer, ids, stop=()):
     """Yields the text of a stream of ids in pieces; incomplete characters wait."""
@@ -42,7 +44,7 @@ def lines():
             yield input("> " if sys.stdin.isatty() else "")
 
 
-def obey(line, messages):
+def obey(line, messages, system):
     """Carries out a command, a line that begins with /; returns the sentence to show."""
     command, _, file = line.strip().partition(" ")
     if command == "/reset":
@@ -54,30 +56,33 @@ def obey(line, messages):
         return "/save FILE: give a name" if messages else "nothing was said yet that could be saved"
     try:
         with open(file.strip(), "x", encoding="utf-8") as out:
-            for question, answer in zip(messages[::2], messages[1::2]):
-                turn = {"prompt": question["content"], "response": answer["content"]}
-                out.write(json.dumps(turn, ensure_ascii=False) + "\n")
+            out.write(json.dumps({"messages": system + messages}, ensure_ascii=False) + "\n")
         return f"wrote {len(messages) // 2} turns to {file}"
     except OSError as error:
         return f"{line}: {error.strerror}"
 
 
-def fitting(messages, first, tokenizer, room):
-    """(first, text): the messages from `first` on that fit into `room` tokens."""
-    text = tokenizer.render(messages[first:])
+def fitting(messages, first, tokenizer, room, system):
+    """(first, text): the messages of `system`, and those from `first` on that fit into `room` tokens."""
+    text = tokenizer.render(system + messages[first:])
     while first < len(messages) - 1 and len(tokenizer.encode(text, special=True)) > room:
         first += 2                                               # a question and the answer to it
-        text = tokenizer.render(messages[first:])
+        text = tokenizer.render(system + messages[first:])
     return first, text
 
 
-def converse(prompt, tokenizer, window, max_new_tokens, answer, name):
+def converse(prompt, tokenizer, window, max_new_tokens, answer, name, system=None):
     """Answers a prompt, or else each line of standard input; the oldest turns leave a full window.
 
     answer   function (text, number of the turn) -> a stream of ids
     name     of the model, for the greeting on a terminal
+    system   text of a system message, which stays, or None. Raises UserError if the template takes none
     """
-    messages, first, turn = [], 0, 0
+    messages, first, turn, system = [], 0, 0, [{"role": "system", "content": system}] if system else []
+    try:
+        tokenizer.render(system + [{"role": "user", "content": "hello"}])
+    except UserError as error:
+        raise UserError(f"{'--system' if system else '--chat'}: {error}") from None
     if not prompt and sys.stdin is not None and sys.stdin.isatty():
         print(f"{name}: a window of {window} tokens, answers of at most {max_new_tokens} (--max-new-tokens). "
               "/help lists what else there is, Ctrl-D ends.", file=sys.stderr)
@@ -85,14 +90,14 @@ def converse(prompt, tokenizer, window, max_new_tokens, answer, name):
         if line.startswith("/") and not prompt:
             if line.strip() == "/quit":
                 return
-            print(obey(line, messages), file=sys.stderr)
+            print(obey(line, messages, system), file=sys.stderr)
             first = min(first, len(messages))
             continue
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
         was_full, pieces = first > 0, []
-        first, text = fitting(messages, first, tokenizer, max(1, window - max_new_tokens))
+        first, text = fitting(messages, first, tokenizer, max(1, window - max_new_tokens), system)
         if first and not was_full:
             print(f"the window of {window} tokens is full: from now on the oldest turns are forgotten", file=sys.stderr)
         length = len(tokenizer.encode(text, special=True))

@@ -4,7 +4,7 @@ Where documents come from: the standard library's source, files and folders of t
     for name, parts in corpora.documents(corpora.source(["notes/", "faq.jsonl"]), skipped := corpora.Skipped()): ...
 
 A document is a name and parts. The parts of a text are an iterator of pieces (str, about 1 MB each,
-so that a large file is never held whole); prompt and response are an Example. Nothing is
+so that a large file is never held whole); a conversation is an Example. Nothing is
 normalized: line ends stay, only a byte-order mark is removed. Documents that cannot be used are
 counted in `skipped` by reason.
 """
@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from data import UserError
+from data import UserError, conversation
 from data.files import reading
 
 KNOWN = ["stdlib"]  # corpora that need no file and no network; download.py has others
@@ -31,13 +31,22 @@ class File(NamedTuple):
     path: Path
     lf: bool = False  # turn CRLF into LF
     end: bytes = b""  # the separator of documents, for a file that holds many
+    names: conversation.Names = conversation.Names()  # of the fields to read
 
 
 class Example(NamedTuple):
-    """A prompt and the response to learn."""
-    prompt: str
-    response: str
-    fields: dict  # all of the line
+    """A conversation, in which the assistant's turns are learned."""
+    messages: list  # as data/conversation.py reads them
+    fields: dict  # all of the record
+    place: str  # file and line, for messages
+
+    def response(self):
+        """All that is learned, as one text."""
+        return "\n".join(self.messages[i]["content"] for i in conversation.answers(self.messages))
+
+    def contents(self):
+        """The texts of all messages, a list."""
+        return [message["content"] for message in self.messages]
 
 
 class Skip(Exception):
@@ -45,9 +54,13 @@ class Skip(Exception):
 
 
 class Skipped(Counter):
-    """Counts documents that could not be used, by reason; `names` lists the first five of each."""
+    """Counts documents that could not be used, by reason; `names` lists the first five of each.
+
+    shapes   a Counter of records by their shape in words
+    """
     def __init__(self, counts=(), names=()):
         super().__init__(counts)
+        self.shapes = Counter()
         self.names = {reason: list(few) for reason, few in dict(names).items()}
 
     def add(self, reason, name):
@@ -124,11 +137,11 @@ def documents(files, skipped):
     Reading `parts` of a text may raise Skip: the caller then drops and counts the whole document.
     Raises UserError for a broken .jsonl line.
     """
-    for name, path, lf, end in files:
+    for name, path, lf, end, names in files:
         if not path.is_file():  # a dangling link, a pipe, a socket
             skipped.add("not a regular file", name)
         elif path.suffix.lower() == ".jsonl":
-            yield from jsonl(path, name)
+            yield from jsonl(path, name, names, skipped)
         elif end:
             yield from separated(path, name, end)
         else:
@@ -204,20 +217,26 @@ def pieces(texts):
         yield buffer
 
 
-def jsonl(path, name):
-    """Yields (place, parts) per line: {"text"} as pieces, {"prompt", "response"} as an Example.
-
-    Blank lines are left out. Raises UserError, naming file and line, for other lines.
-    """
+def jsonl(path, name, names, skipped):
+    """Yields (place, parts) per line. Raises UserError, naming file and line, for other lines."""
     for place, fields in objects(path, name):
-        text = fields.get("text")
-        if all(isinstance(fields.get(key), str) for key in ("prompt", "response")):
-            yield place, Example(clean(fields["prompt"]), clean(fields["response"]), fields)
-        elif isinstance(text, str):
-            text = clean(text)
-            yield place, pieces(text[i:i + PIECE] for i in range(0, len(text), PIECE))
-        else:
-            raise UserError(f'{place}: needs the string field "text", or the two "prompt" and "response"')
+        yield document_of(place, fields, names, skipped)
+
+
+def document_of(place, fields, names, skipped):
+    """(place, parts) of a record, a dict: a conversation as an Example, a text as pieces.
+
+    The shape is counted in skipped.shapes. Raises UserError, naming the place, for a record of no
+    known shape.
+    """
+    found = conversation.of_record(place, fields, names)
+    if found:
+        parts, shape = Example(found[0], fields, place), found[1]
+    else:
+        text, shape = conversation.text_of_record(place, fields, names)
+        parts = pieces(text[i:i + PIECE] for i in range(0, len(text), PIECE))
+    skipped.shapes[shape] += 1
+    return place, parts
 
 
 def objects(path, name):
@@ -237,12 +256,3 @@ def objects(path, name):
             except (ValueError, RecursionError) as e:
                 raise UserError(f"{place}: not valid JSON ({e}); repair or remove the line") from None
             yield place, row if isinstance(row, dict) else {}
-
-
-def clean(text):
-    """The text with half surrogate pairs, which JSON can spell ("\\ud83d"), as U+FFFD."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -4,7 +4,7 @@ Second pass of prepare: threads encode documents into files that can be continue
 A task is a list of (TRAIN or VAL, item). An item is a piece of text, an Example, or None at a
 document's end. The tasks of the same sources are always the same, so a count says what is done.
 """
-import contextlib, json, os
+import contextlib, itertools, json, os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,50 +12,100 @@ import numpy as np
 from tqdm import tqdm
 
 from data import UserError, corpora
+from data.conversation import answers, clean, of_record
 from data.files import sync, write_json
 from data.loader import FIRST, LEARNED
 from data.split import BOTH, TRAIN, VAL
+from data.template import OTHER, shows
 
 TASK = 256 << 10  # bytes that a thread encodes at a time: few hand-overs, and a small queue
 SAVE_EVERY = 256  # tasks (64 MB of text): the most work that a kill costs
 
 
 def encode_examples(tokenizer, examples):
-    """(ids uint32 (n,), mask uint8 (n,)) of each (prompt, response), in the chat template.
+    """(ids uint32 (n,), mask uint8 (n,)) of each example, in the chat template: see encode_turns.
 
-    An example is tokenized as one text, as a chat is. Special tokens are recognised in the template
-    only. Text of the template after the end token is left out.
+    examples   have `messages`, and a `place` that an error names. Special tokens are recognised in
+               the template only.
     """
-    chats = []
-    for prompt, response in examples:
-        user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": response}
-        chats += [([user], True), ([user, assistant], False)]
-    texts = tokenizer.render_all(chats)
-    return [encode_texts(tokenizer, *texts[i:i + 2]) for i in range(0, len(texts), 2)]
+    try:
+        return encode_conversations(tokenizer, [example.messages for example in examples])
+    except UserError:  # the template refuses one of them
+        for example in examples:
+            try:
+                encode_conversations(tokenizer, [example.messages])
+            except UserError as error:
+                raise UserError(f"{example.place}: {error}") from None
+        raise
 
 
-def encode_texts(tokenizer, prompt, full):
-    """(ids, mask) of a rendered prompt and the `full` text with a response, marked as LEARNED."""
-    if not full.startswith(prompt):
-        raise UserError("the tokenizer's chat template does not write an answer right after its generation prompt")
-    rest, encoded = full[len(prompt):], lambda text: tokenizer.encode_array(text, special=True)
-    head = encoded(prompt)
+def encode_conversations(tokenizer, conversations, last_only=False):
+    """(ids, mask) of each list of messages. last_only: only the last turn is learned.
+
+    The text before a turn and the text after it come from the template, for all turns at once.
+    """
+    learned = [answers(messages)[-1 if last_only else 0:] for messages in conversations]
+    texts = tokenizer.render_all((messages[:i + after], not after) for messages, turns in zip(conversations, learned)
+                                 for i in turns for after in (0, 1))
+    return [encode_turns(tokenizer, ((next(texts), next(texts), messages[i]["content"]) for i in turns))
+            for messages, turns in zip(conversations, learned)]
+
+
+def encode_turns(tokenizer, turns):
+    """(ids, mask) of a conversation: its turns of the assistant are LEARNED, and nothing else.
+
+    turns   (the text up to the turn with the generation prompt, the text with the turn, the words)
+            for each turn of the assistant: an iterator, as all texts of a long chat fill the memory
+
+    LEARNED is all that the template writes for a turn, up to the end token of the turn, or for the
+    last turn the last end token: some templates end the text, too. Text after that is left out.
+
+    Each turn is learned in the text that a chat shows at that turn. Mostly this text begins with
+    the text of the turn before, so the conversation is one example. Some templates show a turn in
+    another way once it is in the past: Qwen3's takes thoughts out. No single text has both, so the
+    next turn begins an example of its own (FIRST), which shows the past as the chat does.
+    """
+    ids, mask, begun, end = [], [], "", ""  # begun: the text of this example up to the token `end`
+    for (prompt, full, words), following in itertools.pairwise(itertools.chain(turns, [None])):
+        rest = full[len(prompt):]
+        if not full.startswith(prompt):
+            raise UserError("the tokenizer's chat template does not write an answer right after its generation prompt "
+                            f"(it may open a thought there): {OTHER}")
+        if not shows(tokenizer.unguarded(rest), words):
+            raise UserError(f"the tokenizer's chat template loses the text of the message of assistant: {OTHER}")
+        size, token = tokenizer.first_end(rest)
+        goes_on = token and following and following[0].startswith(prompt + rest[:size])
+        head, tail = encode_turn(tokenizer, prompt[len(begun):], rest[:size] if goes_on else rest, end)
+        if not begun and tokenizer.bos_id is not None and head[:1].tolist() != [tokenizer.bos_id]:  # as in a chat
+            head = np.append(np.uint32(tokenizer.bos_id), head)
+        ids += [head, tail]
+        mask.append(np.repeat(np.array([0, LEARNED], np.uint8), [len(head), len(tail)]))
+        mask[-1][0] |= 0 if begun else FIRST
+        begun, end = (prompt + rest[:size], token) if goes_on else ("", "")
+    return np.concatenate(ids), np.concatenate(mask)
+
+
+def encode_turn(tokenizer, prompt, rest, end=""):
+    """(head, tail): the ids of a prompt, and of the `rest` of the text up to the last end token.
+
+    end   the end token before the prompt, which is read but not given back: tokenizers treat the
+          beginning of a text, and white space behind some tokens, in another way
+    """
+    encoded, before_rest = lambda text: tokenizer.encode_array(text, special=True), end + prompt
+    head = encoded(before_rest)
     # Where a token would span the border of prompt and response, the head stays as in a chat, and
     # the response is encoded behind a text with which it shares no token: SentencePiece would put a
     # space before a response alone.
-    for before in (prompt, "") if tokenizer.pattern else (prompt, "\n", ".", ""):
-        start, both = head if before == prompt else encoded(before), encoded(before + rest)
+    for before in (before_rest, "") if tokenizer.pattern else (before_rest, "\n", ".", ""):
+        start, both = head if before == before_rest else encoded(before), encoded(before + rest)
         if np.array_equal(both[:len(start)], start):
             break
     tail = both[len(start):]
-    if tokenizer.bos_id is not None and head[:1].tolist() != [tokenizer.bos_id]:  # as in a chat
-        head = np.append(np.uint32(tokenizer.bos_id), head)
     ends = np.flatnonzero(np.isin(tail, tokenizer.eos_ids))
     tail = tail[:ends[-1] + 1] if len(ends) else np.append(tail, np.uint32(tokenizer.eos_id))
-    mask = np.zeros(len(head) + len(tail), np.uint8)
-    mask[len(head):] = LEARNED
-    mask[0] |= FIRST
-    return np.concatenate([head, tail]), mask
+    if end:
+        head = head[np.isin(head, tokenizer.eos_ids).argmax() + 1:]
+    return head, tail
 
 
 def tasks(sources, kind, stats):
@@ -84,16 +134,16 @@ def tasks(sources, kind, stats):
                 if kind == "text":
                     task.append((which, None))
             if kind == "examples":
-                stats[which]["bytes"] -= 1  # the \0 between the two
-                stats[which]["response_bytes"] += len(parts.response.encode("utf-8"))
+                learned = [parts.messages[i]["content"] for i in answers(parts.messages)]
+                stats[which]["bytes"] -= len(parts.messages) - 1  # a \0 between two messages
+                stats[which]["response_bytes"] += sum(len(text.encode("utf-8")) for text in learned)
     yield task, waiting
 
 
 def encode(tokenizer, task, dtype):
     """Bytes that `task` adds to train.bin, val.bin, train.mask.bin and val.mask.bin: four."""
     added = [bytearray() for _ in range(4)]
-    examples = [(item.prompt, item.response) for _, item in task if isinstance(item, tuple)]
-    examples = iter(encode_examples(tokenizer, examples))
+    examples = iter(encode_examples(tokenizer, [item for _, item in task if isinstance(item, tuple)]))
     for which, item in task:
         if isinstance(item, tuple):
             ids, mask = next(examples)
@@ -170,9 +220,15 @@ def write(part, progress, tokenizer, sources, kind):
 
 
 def write_held_out(path, sources):
-    """Writes the validation examples of `sources` with all their fields, a line each."""
+    """Writes the validation examples of `sources` with all their fields, a line each.
+
+    Where the usual names of fields do not give the messages, they are added as "messages".
+    """
     with open(path, "w", encoding="utf-8", newline="\n") as out:
         for source in sources:
             for _, example, _, _ in source.documents(VAL):
-                out.write(corpora.clean(json.dumps(example.fields, ensure_ascii=False)) + "\n")
+                usual, fields = of_record(example.place, example.fields), example.fields
+                if not usual or usual[0] != example.messages:
+                    fields = {**fields, "messages": example.messages}
+                out.write(clean(json.dumps(fields, ensure_ascii=False)) + "\n")
     sync(path)

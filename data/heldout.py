@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from data import UserError
-from data.corpora import clean, objects
+from data.conversation import asked, clean, of_record
+from data.corpora import objects
 from data.files import replacing_file
 from data.loader import LEARNED, open_split
 
@@ -31,7 +32,7 @@ def evaluation_flags(parser):
     group = parser.add_argument_group("held-out prompts", "how well the models predict the responses, and what they "
                                       "answer; the first model is the baseline")
     group.add_argument("--eval", metavar="NAME_OR_FILE", help="the held-out examples of prepared data, or a .jsonl of "
-                       "prompt, response and, to choose from, choices")
+                       "prompt, response and, to choose from, choices; of a conversation the last response counts")
     group.add_argument("--data", metavar="NAME_OR_DIR", help="with such a file: prepared training data, to find "
                        "repetition in the responses (groups by overlap) and in the answers")
     group.add_argument("--by", metavar="FIELD", help="groups by this field of the lines, too")
@@ -117,15 +118,22 @@ def is_answers(path):
 class Line(NamedTuple):
     """A prompt and its response, with all fields of the JSON line."""
     place: str  # file and line, for messages
-    prompt: str
+    prompt: list  # the messages before the response
     response: str
     choices: list  # of str, with the response; [] without choices
     fields: dict
+
+    @property
+    def messages(self):
+        """The conversation, the response at the end."""
+        return [*asked(self.prompt), {"role": "assistant", "content": self.response}]
 
 
 def read(path, flag="--eval"):
     """The Lines of a .jsonl file of {"prompt", "response"} and, for multiple choice, "choices".
 
+    data/conversation.py says which other records are read. The response of a conversation is the
+    last turn of the assistant.
     Raises UserError, naming the line, for a line that lacks a field, and for an empty file.
     """
     path, lines = Path(path), []
@@ -135,11 +143,13 @@ def read(path, flag="--eval"):
     if not path.is_file():
         raise UserError(f"{flag} {path}: there is no such file")
     for place, fields in objects(path, path.name):
-        prompt, response, choices = (fields.get(key) for key in ("prompt", "response", "choices"))
-        check_choices(place, response, choices)
-        if not isinstance(prompt, str) or not isinstance(response, str) or not response.strip():
-            raise UserError(f'{place}: needs the text fields "prompt" and "response", and a response that is not empty')
-        lines.append(Line(place, clean(prompt), clean(response), list(map(clean, choices or [])), fields))
+        messages, _ = of_record(place, fields) or ([], "")
+        response = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
+        check_choices(place, response, choices := fields.get("choices"))
+        if not response.strip():
+            raise UserError(f'{place}: needs the text fields "prompt" and "response", or "messages", and a response '
+                            "that is not empty")
+        lines.append(Line(place, messages[:-1], response, list(map(clean, choices or [])), fields))
     if not lines:
         raise UserError(f'{flag} {path} is empty: it needs lines of {{"prompt": ..., "response": ...}}')
     return lines
@@ -152,7 +162,7 @@ def check_choices(place, response, choices):
     if not (isinstance(choices, list) and len(set(map(str, choices))) == len(choices) > 1
             and all(isinstance(c, str) and c.strip() for c in choices)):
         raise UserError(f'{place}: "choices" must be a list of two or more different texts')
-    if response not in choices:
+    if response not in map(clean, choices):
         raise UserError(f'{place}: it has "choices" without an answer: "response" must be one of them')
 
 

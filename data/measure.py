@@ -227,7 +227,7 @@ def cascade_rows(models, rows, batches, token_bytes, shares=(0.1, 0.25, 0.5)):
 
 
 def response_loss(model, tokenizer, prompt, response, token_bytes):
-    """[nats, tokens, bytes] of a response and the end token, given the prompt; see `score`.
+    """[nats, tokens, bytes] of a response and the end token, given the prompt; see encode_example.
 
     A text longer than the window is scored in pieces, each after half a window of context.
     """
@@ -253,7 +253,7 @@ def evaluate(model, tokenizer, lines, answered, max_new_tokens, name=""):
         if line.choices:
             bits = {text: choice_nats / max(1, choice_bytes) for text, (choice_nats, _, choice_bytes) in losses.items()}
             row["chosen"] = min(line.choices, key=bits.get) == line.response
-        prompt = tokenizer.render([{"role": "user", "content": line.prompt}])
+        prompt = tokenizer.render(line.messages[:-1])
         unread += len(tokenizer.encode(prompt, special=True)) > model.config.max_position_embeddings
         if i in answered:
             stream = map(int, continuations(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=0))

@@ -3,7 +3,7 @@ Turns text into a dataset data/NAME/: train.bin and val.bin (token ids), tokeniz
 
     python data/prepare.py stdlib                                 # the standard library's source: needs no file
     python data/prepare.py --input notes/ book.txt --name notes   # your own files and folders
-    python data/prepare.py --input faq.jsonl                      # lines of {"prompt", "response"} or of {"text"}
+    python data/prepare.py --input faq.jsonl                      # lines of {"messages"}, {"prompt", "response"} ...
     python data/prepare.py --input a.txt --val b.txt --tokenizer MODEL_DIR    # a test set and a tokenizer you have
     python data/prepare.py shakespeare                            # or wikitext2, tinystories: these are downloaded
 
@@ -13,9 +13,9 @@ an older dataset untouched, and the same command resumes.
 
 Files: *.bin are little-endian uint16 (uint32 from 65,536 ids on), each document followed by the
 end-of-text token. Examples end with the token that ends the template's turn instead (<|im_end|>),
-and have *.mask.bin beside them, a uint8 per token: bit 0 set where the token is learned (the
-response and its end token), bit 1 at the first token of an example. Held-out examples are in
-val.jsonl too, with all their fields, for sample.py --eval.
+and have *.mask.bin beside them, a uint8 per token: bit 0 set where the token is learned (each turn
+of the assistant and its end token), bit 1 at the first token of an example. Held-out examples are
+in val.jsonl too, with all their fields, for sample.py --eval.
 """
 
 import contextlib, difflib, os, platform, re, sys, time
@@ -27,7 +27,9 @@ if __name__ == "__main__":  # run as a script, the first import path is data/, n
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data import UserError, corpora, download, encoding
 from data.console import Parser, run
+from data.conversation import Names, asked
 from data.files import DATASET, marker_of, refuse_foreign, resumable, settle, write_json
+from data.loader import FIRST
 from data.split import BOTH, DROP, TRAIN, VAL, Scan, Source, split
 from data.tokenizer import SPECIALS, Tokenizer
 
@@ -121,8 +123,12 @@ def check_numbers(vocab_size, tokenizer, val_fraction):
 
 
 def encode_example(tokenizer, prompt, response):
-    """(ids, mask) of one example in the tokenizer's chat template: see encoding.encode_examples."""
-    return encoding.encode_examples(tokenizer, [(prompt, response)])[0]
+    """(ids, mask) of a response, which alone is learned, to a prompt: see encoding.encode_turns.
+
+    prompt   a question (str), or the messages before the response
+    """
+    messages = [*asked(prompt), {"role": "assistant", "content": response}]
+    return encoding.encode_conversations(tokenizer, [messages], last_only=True)[0]
 
 
 def training_texts(source):
@@ -130,7 +136,7 @@ def training_texts(source):
     rate, debt = min(1.0, BPE_BYTES / max(1, source.total_bytes())), 0.0
     for _, parts, side, size in source.documents(TRAIN, BOTH):
         for which, text, _ in source.pieces(parts, side, size):
-            text = "\n".join(parts[:2]) if text is None else text
+            text = "\n".join(parts.contents()) if text is None else text
             debt += rate * len(text)
             if which == TRAIN and (debt >= len(text) or rate == 1):
                 debt -= len(text)
@@ -141,14 +147,14 @@ class AlreadyMade(Exception):
     """The dataset exists and is the one to make."""
 
 
-def find_files(name, inputs, val, skipped):
+def find_files(name, inputs, val, skipped, names=Names()):
     """(files, validation files): lists of corpora.File, downloaded if need be. Raises UserError."""
     files = corpora.source(inputs, None if inputs else name, skipped=skipped)
     val_files = corpora.source(val, flag="--val", skipped=skipped)
     if not inputs and name in download.CORPORA:
         files, held_out = download.files(name)
         val_files = val_files or held_out
-    return files, val_files
+    return [[file._replace(names=names) for file in some] for some in (files, val_files)]
 
 
 def file_names(paths):
@@ -162,8 +168,10 @@ def stamp(file):
 
 
 def check_scans(scan, val_scan, inputs, val, skipped):
-    """Raises UserError if there is no text to use, or if --input and --val are of two kinds."""
+    """Says what records were taken for. Raises UserError for no text to use, or text of two kinds."""
     for found, flag, paths in (scan, "--input", inputs), (val_scan, "--val", val):
+        if found and found.shapes:
+            print(f"{flag}: " + ", ".join(f"{number:,} {shape}" for shape, number in found.shapes.items()))
         if found and not found.usable.any():
             why = str(skipped) or "there are no files"
             raise UserError(f"{flag} {' '.join(map(str, paths))}: no text to use ({why}); "
@@ -203,9 +211,14 @@ def train_tokenizer(source, vocab_size):
     return tokenizer
 
 
-def print_report(splits, skipped):
+def print_report(out, splits, skipped):
     """Prints a line per split, and the documents that were skipped."""
     for which, counts in splits.items():
+        if (mask := out / f"{which}.mask.bin").is_file():
+            examples = np.count_nonzero(np.fromfile(mask, np.uint8) & FIRST)
+            if examples > counts["documents"]:
+                print(f"{which}: the chat template shows a turn in another way once it is in the past, so the "
+                      f"conversations become {examples:,} examples, which repeat the past as the chat shows it")
         learned = f", {counts['response_tokens']:,} of them learned" if "response_tokens" in counts else ""
         print(f"{which:5} {counts['documents']:9,} documents {counts['bytes']:14,} bytes {counts['tokens']:13,} tokens"
               f"{learned} ({counts['bytes'] / max(1, counts['tokens']):.2f} bytes per token)")
@@ -213,13 +226,14 @@ def print_report(splits, skipped):
 
 
 def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=None, val_fraction=0.05, seed=0,
-            overwrite=False, smoke=False):
+            overwrite=False, smoke=False, names=Names()):
     """Writes a dataset and returns the directory: `out`, or data/NAME, or data/NAME-smoke.
 
     name        a known corpus, or with `inputs` (paths) the dataset's name
     val         paths of a validation set; without it `seed` chooses `val_fraction` of the bytes
     vocab_size  ids of the BPE that is trained here
     tokenizer   "bytes", "gpt2", a directory or a Tokenizer; then none is trained
+    names       the fields of records to read: see data/conversation.py
 
     Raises UserError. Long, as all stages stand in a row; each is a function.
     """
@@ -228,7 +242,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
     out = choose_directory(name, (*inputs, *val), out, smoke)
     existing = {} if overwrite or out.name.endswith("-smoke") else marker_of(out, DATASET)
     tokenizer, vocab_size, skipped = choose_tokenizer(tokenizer), vocab_size or VOCAB_SIZE, corpora.Skipped()
-    files, val_files = find_files(name, inputs, val, skipped)
+    files, val_files = find_files(name, inputs, val, skipped, names)
     made_from = (*map(stamp, files), "--val", *map(stamp, val_files), val_fraction, seed, smoke, encoding.TASK,
                  (tokenizer.hash, tokenizer.chat_template) if tokenizer else vocab_size)
     with contextlib.suppress(AlreadyMade), resumable(out, DATASET, made_from) as (part, progress):
@@ -264,7 +278,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
             **({} if inputs else {"python": platform.python_version()}), "splits": splits, "skipped": skipped.counts()})
 
     if not existing:
-        print_report(splits, skipped)
+        print_report(out, splits, skipped)
         seconds, read = time.perf_counter() - start, sum(counts["bytes"] for counts in splits.values())
         print(f"wrote {out.name}: {scan.kind}, {tokenizer.vocab_size:,} ids, {dtype}, sha256 {scan.sha256[:12]}; "
               f"{seconds:.1f} s, {read / seconds / 1e6:.1f} MB/s")
@@ -278,6 +292,9 @@ def main():
     add("corpus", nargs="?", help=f"a corpus known here: {', '.join(KNOWN)} (all but stdlib are downloaded)")
     add("--input", nargs="+", metavar="PATH", default=[], help="files and folders of UTF-8 text, or .jsonl")
     add("--name", help="name of the dataset (default: from the first input)")
+    for part, usual in (("text", "text"), ("prompt", "prompt, question, instruction + input"),
+                        ("response", "response, completion, answer, output")):
+        add(f"--{part}-field", metavar="FIELD", help=f"the records' field with the {part} (default: {usual})")
     add("--val", nargs="+", metavar="PATH", default=[], help="take this text as the whole validation split")
     add("--vocab-size", type=int, metavar="N", help=f"ids of the tokenizer trained on the text (default {VOCAB_SIZE})")
     add("--tokenizer", metavar="bytes|gpt2|DIR", help="use this tokenizer and train none; gpt2 is downloaded once")
@@ -294,7 +311,8 @@ def main():
     if args.corpus and args.corpus not in KNOWN and Path(args.corpus).exists():
         raise UserError(f"{args.corpus} is a path: use --input {args.corpus}")
     prepare(args.corpus or args.name, args.input, args.val, args.out, args.vocab_size, args.tokenizer,
-            args.val_fraction, args.seed, args.overwrite, args.smoke)
+            args.val_fraction, args.seed, args.overwrite, args.smoke,
+            Names(args.text_field, args.prompt_field, args.response_field))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """The first and the last screen of a training run."""
-import lzma
+import itertools, lzma
 from pathlib import Path
 
 from data.checkpoints import find_model
@@ -28,12 +28,14 @@ def show_sizes(cfg, machine, model, train, eval_tokens):
 def show_example(machine, tokenizer, batch):
     """Prints a window's last example: a wrong mask or template is seen before it costs an hour."""
     row = batch.segments[0] == batch.segments[0].max()
-    ids, targets = batch.ids[0][row], batch.targets[0][row]                          # (T,)
-    first = int((targets != IGNORE).int().argmax())
+    ids, targets = batch.ids[0][row].tolist(), batch.targets[0][row]                 # (T,)
+    learned = [False, *(targets != IGNORE).tolist()]                                 # (T + 1,), with the last target
+    tokens = list(zip(learned, [*ids, *targets[-1:].tolist()]))
     shorten = lambda text: text if len(text) < 500 else f"{text[:300]} [...] {text[-100:]}"
-    text = lambda ids: shorten(tokenizer.decode_bytes(ids.tolist()).decode("utf-8", errors="replace"))
-    say(machine, f"An example. What is read only:\n{text(ids[:first + 1])}\nWhat is learned:\n"
-        f"{text(targets[targets != IGNORE])}\n")
+    text = lambda ids: shorten(tokenizer.decode_bytes(ids).decode("utf-8", errors="replace"))
+    parts = [f"What is {'learned' if is_learned else 'read only'}:\n{text([i for _, i in part if i != IGNORE])}\n"
+             for is_learned, part in itertools.groupby(tokens, lambda token: token[0])]
+    say(machine, f"An example. {''.join(parts)}")
 
 
 def show_scale(cfg, tokenizer, val):

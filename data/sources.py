@@ -7,9 +7,11 @@ import torch
 
 from data import UserError, heldout
 from data.console import decoded
+from data.conversation import answers
 from data.files import write_json
 from data.loader import Batch, Windows, read_meta, stream_batches
-from data.prepare import encode_example, find
+from data.encoding import encode_examples
+from data.prepare import find
 from data.tokenizer import Tokenizer
 from data.vocabulary import reencoded
 
@@ -185,14 +187,15 @@ def scored_directory(args, history):
 
 
 def scored_responses(file, flag, tokenizers, limit, context, windows):
-    """Like `scored_text`, for the responses in a .jsonl file, of about `limit` tokens."""
+    """Like `scored_text`, for all responses in a .jsonl file, of about `limit` tokens."""
     lines, first = heldout.read(file, flag), next(iter(tokenizers.values()))
-    encoded = lambda tokenizer: [encode_example(tokenizer, line.prompt, line.response) for line in lines]
+    encoded = lambda tokenizer: encode_examples(tokenizer, lines)
     if limit:                                                    # the same lines for all, spread: a file's parts differ
         share = min(1.0, limit / sum(len(ids) for ids, _ in encoded(first)))
         count = max(1, int(share * len(lines)))
         lines = [lines[i * len(lines) // count] for i in range(count)]
-    return (f"{len(lines):,} responses of {Path(file).name} given their prompts, {windows}",
+    count = sum(len(answers(line.messages)) for line in lines)
+    return (f"{count:,} responses of {Path(file).name} given their prompts, {windows}",
             {name: list(Windows.of(encoded(tokenizer), context).evaluation_batches(max(1, 8192 // context)))
              for name, tokenizer in tokenizers.items()})
 

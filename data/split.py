@@ -7,6 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import UserError, corpora
+from data.conversation import answers
 from data.files import sync, write_json
 
 SMOKE_BYTES = 1 << 20
@@ -27,6 +28,7 @@ class Scan:
     usable (n,) bool      false for a skipped document
     kind                  "text" or "examples"
     sha256                hex, over names and contents
+    shapes                {a shape of records in words: number}; {} without records
 
     The rows are stored in part/LABEL.rows, the rest under `label` in `progress`. A scan that is
     stored there is not repeated. Raises UserError if files of both kinds are among `files`.
@@ -39,6 +41,7 @@ class Scan:
             write_json(part / "progress.json", progress)
         self.kind, self.sha256 = progress[label]["kind"], progress[label]["sha256"]
         skipped.merge(corpora.Skipped(progress[label]["skipped"], progress[label]["skipped_names"]))
+        self.shapes = progress[label].get("shapes", {})
         rows = self._rows()
         self.sizes, self.usable, self.digests = (np.array(rows[name]) for name in ("size", "usable", "digest"))
 
@@ -67,29 +70,31 @@ class Scan:
                     skipped.add(str(reason), name)
                 if len(first_of) == 2:
                     raise UserError(f"{first_of['text']} is text and {first_of['examples']} is a prompt and its "
-                                    "response: make two datasets of them (two --name)")
+                                    "response, or a conversation: make two datasets of them (two --name)")
                 rows.write(row.tobytes())
                 if smoke and total > SMOKE_BYTES:
                     break
         sync(self.path)
         return {"kind": next(iter(first_of), None), "sha256": whole.hexdigest(), "skipped": skipped,
-                "skipped_names": skipped.names}
+                "skipped_names": skipped.names, "shapes": skipped.shapes}
 
 
 def scan_document(parts, smoke, bar):
     """(size, sha256 digest (32 bytes), MinHash signature (32,)) of a document. Raises Skip.
 
-    An example has the signature of the response: prompts may be alike on both sides of the split.
+    An example has the signature of its responses: prompts may be alike on both sides of the split.
     """
     digest, size, signature = hashlib.sha256(), 0, NO_HASHES
+    if isinstance(parts, tuple) and not answers(parts.messages):
+        raise corpora.Skip("conversation without an answer of the assistant to the user")
     for text, data in utf8(parts, smoke):
-        signature = np.minimum(signature, minhash(data if text is not None else parts.response.encode("utf-8")))
+        signature = np.minimum(signature, minhash(data if text is not None else parts.response().encode("utf-8")))
         digest.update(data)
         size += len(data)
         bar.update(len(data))
     if size == 0:
         raise corpora.Skip("empty")
-    if isinstance(parts, tuple) and not parts.response.strip():
+    if isinstance(parts, tuple) and not all(parts.messages[i]["content"].strip() for i in answers(parts.messages)):
         raise corpora.Skip("empty response")
     return size, digest.digest(), signature
 
@@ -97,7 +102,7 @@ def scan_document(parts, smoke, bar):
 def utf8(parts, smoke=False):
     """Yields (piece, UTF-8 bytes) of a text (smoke: the first), (None, bytes) of an example."""
     if isinstance(parts, tuple):
-        yield None, "\0".join(parts[:2]).encode("utf-8")
+        yield None, "\0".join(parts.contents()).encode("utf-8")
     else:
         yield from ((piece, piece.encode("utf-8")) for piece in itertools.islice(parts, 1 if smoke else None))
 

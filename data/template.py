@@ -24,7 +24,9 @@ PLAIN = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'Assistant:
 
 SECONDS = 5  # for TEXTS texts; real templates take less than a millisecond for one
 TEXTS = 100
+REQUEST = 1 << 20  # characters of messages in one request: a request has its own time limit
 MEMORY = 512 << 20  # bytes of address space of the second process (Linux; other systems have no such limit)
+OTHER = "give the model a template for plain text, as chat_template in tokenizer_config.json or as chat_template.jinja"
 LIMITS = f"it takes more than {SECONDS} seconds or {MEMORY >> 20} MB; take another template"
 
 
@@ -144,6 +146,40 @@ def render(template, variables):
     if "error" in reply:
         raise ValueError(reply["error"])
     return reply["texts"]
+
+
+def requests(chats):
+    """Yields chats (messages, ...) in lists of about REQUEST characters.
+
+    A conversation of n turns is rendered up to each turn: n / 2 times the text in the mean.
+    """
+    some, size = [], 0
+    for chat in chats:
+        some.append(chat)
+        size += sum(len(m["content"]) for m in chat[0] if isinstance(m.get("content"), str))
+        if size > REQUEST:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def fresh(messages):
+    """The messages that a rendered text must show: the system's, and all since the answer before."""
+    start = max(0, len(messages) - 1)
+    while start and messages[start - 1].get("role") != "assistant":
+        start -= 1
+    return [m for m in messages[:min(1, start)] if m.get("role") == "system"] + messages[start:]
+
+
+def way_out(chats):
+    """A clause for messages: how to change `chats` whose roles a template may not take."""
+    roles = [[message.get("role") for message in messages] for messages, _ in chats]
+    if any("system" in some for some in roles):
+        return "; if it takes no system message, put that text at the beginning of the first question"
+    if any(a == b for some in roles for a, b in zip(some, some[1:])):
+        return "; if it wants user and assistant in turn, join neighbouring messages of one role"
+    return ""
 
 
 def shows(text, content):

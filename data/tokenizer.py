@@ -103,9 +103,11 @@ class Tokenizer:
         if self.eos_token not in self._added:
             raise UserError(f"tokenizer_config.json has no usable eos_token (it says {self.eos_token!r})")
         self.eos_id = self._added[self.eos_token]
-        turns = [self._added.get(t, -1) for t in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>")]
+        turns = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
+        turns = [self._added.get(t, -1) for t in turns]
         self.eos_ids = list(dict.fromkeys(i for i in [self.eos_id, *turns, *ends] if 0 <= i < self.vocab_size))
-        unsafe = [*self.special_tokens, *(t for t, i in self._added.items() if i in self.eos_ids)]
+        ending = [t for t, i in self._added.items() if i in self.eos_ids]
+        self._ends, unsafe = any_of(ending), [*self.special_tokens, *ending]
         self._unsafe = any_of(t for t in unsafe if len(t) > 1 and GUARD not in t)  # GUARD needs two characters
 
     def _read_bos(self):
@@ -205,30 +207,39 @@ class Tokenizer:
 
     def render(self, messages, add_generation_prompt=True):
         """Renders a chat [{"role", "content"}, ...] for encode(special=True): see render_all."""
-        return self.render_all([(messages, add_generation_prompt)])[0]
+        return next(self.render_all([(messages, add_generation_prompt)]))
 
     def render_all(self, chats):
-        """Renders chats [(messages, add_generation_prompt), ...] by the template: a list of str.
+        """Renders chats (messages, add_generation_prompt) by the template: yields a str for each.
 
         Where a message contains the text of a special token, GUARD is put inside, and encode takes
         GUARD out again: no message can end the turn. Raises UserError if the template fails.
         """
         tokens = {k: self._named_token(k) for k in ("bos_token", "unk_token", "pad_token") if self._named_token(k)}
         tokens.update(tools=None, documents=None, eos_token=self.eos_token)
-        chats = [(self._guard(messages), prompt) for messages, prompt in chats]
-        try:
-            texts = template.render(self.chat_template, [
-                {**tokens, "messages": messages, "add_generation_prompt": prompt} for messages, prompt in chats])
-        except ValueError as e:
-            raise UserError(f"the tokenizer's chat template failed: {e}") from None
-        for text, (messages, _) in zip(texts, chats):
-            content = messages[-1].get("content") if messages else None
-            if isinstance(content, str) and not template.shows(text, content):
-                raise UserError(
-                    f"the tokenizer's chat template loses the text of the message of {messages[-1].get('role')} (it may"
-                    " want parts, or other names): give the model a template for plain text, as chat_template in "
-                    "tokenizer_config.json or as chat_template.jinja")
-        return texts
+        for some in template.requests(chats):
+            some = [(self._guard(messages), prompt) for messages, prompt in some]
+            try:
+                texts = template.render(self.chat_template, [
+                    {**tokens, "messages": messages, "add_generation_prompt": prompt} for messages, prompt in some])
+            except ValueError as e:
+                raise UserError(f"the tokenizer's chat template failed: {e}{template.way_out(some)}") from None
+            for text, (messages, _) in zip(texts, some):
+                lost = next((m for m in template.fresh(messages) if isinstance(m.get("content"), str)
+                             and not template.shows(text, m["content"])), None)
+                if lost:
+                    raise UserError(f"the tokenizer's chat template loses the text of the message of {lost.get('role')} "
+                                    f"(it may want parts, or other names){template.way_out(some)}: {template.OTHER}")
+                yield text
+
+    def first_end(self, text):
+        """(place behind the first end token of a rendered text, that token); (0, "") without one."""
+        found = self._ends.search(text)
+        return (found.end(), found[0]) if found else (0, "")
+
+    def unguarded(self, text):
+        """A rendered text as it was said, without GUARD."""
+        return text.replace(GUARD, "")
 
     def _guard(self, value):
         """A copy of messages in which no text holds a special token."""

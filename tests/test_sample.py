@@ -1,5 +1,5 @@
 """Generation and scoring against the plain definition: full forwards, brute force, whole strings."""
-import collections, io, json, math, subprocess, sys
+import io, json, math, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -193,10 +193,11 @@ def test_chat_commands(talker, capsys, monkeypatch, tmp_path):
     assert len(said.err.splitlines()) == len(notes) + 2                     # both answers are longer than --max-new-tokens
     assert notes[0] == f"wrote 1 turns to {tmp_path / 'said.jsonl'}" and "File exists" in notes[1] and "give a name" in notes[2]
     assert notes[3].startswith("there is no /rest: /reset forgets") and notes[4].startswith("/reset forgets") and "forgotten" in notes[5]
-    assert json.loads((tmp_path / "said.jsonl").read_text(encoding="utf-8")) == {"prompt": "hello", "response": first}
+    assert json.loads((tmp_path / "said.jsonl").read_text(encoding="utf-8")) == {
+        "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": first}]}
     from data import corpora                                                # it can be trained on
-    rows = [parts for _, parts in corpora.documents(corpora.source([tmp_path / "said.jsonl"]), collections.Counter())]
-    assert [parts[:2] for parts in rows] == [("hello", first)]
+    rows = [parts for _, parts in corpora.documents(corpora.source([tmp_path / "said.jsonl"]), corpora.Skipped())]
+    assert [parts.contents() for parts in rows] == [["hello", first]]
 
 
 def test_chat_forgets_the_oldest_turns_when_the_window_is_full(talker, capsys, monkeypatch):
