@@ -16,7 +16,6 @@ ROWS = 64  # of a Parquet file, decoded at a time
 LISTS = {"data", "documents", "entries", "examples", "items", "pairs", "questions", "records", "rows", "samples"}
 BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # first, as UTF-32's begins with UTF-16's
         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, as in UTF-16 without a mark, or a byte that is not UTF-8
 SPACE, DECODE = re.compile(r"[ \t\r\n]*"), json.JSONDecoder().raw_decode
 
 
@@ -94,9 +93,10 @@ def checked(read, size, place):
     """The text of read(size), a method of `open_text`. Raises UserError if it is not text."""
     try:
         text = read(size)
-    except UnicodeDecodeError:
+        text.encode("utf-8")  # a byte that could not be decoded is half a surrogate pair, which has no UTF-8
+    except UnicodeError:
         text = "\0"
-    if NO_TEXT.search(text):
+    if "\0" in text:  # also of UTF-16 without a byte-order mark
         raise UserError(f"{place}: not UTF-8 text; save the file as UTF-8")
     return text
 
