@@ -152,10 +152,11 @@ def from_records(path, name, found, skipped):
     all_of = ((place, document_of(place, fields)) for place, fields in objects(path, name))
     try:
         first = next(all_of, None)
-    except UserError:
-        if not found or format_of(path) not in ((".json", ""), (".csv", ""), (".tsv", "")):
-            raise
-        return skipped.add("without text, or prompt and response", name)
+    except UserError as error:
+        if found and format_of(path) in ((".json", ""), (".csv", ""), (".tsv", "")):
+            return skipped.add("without text, or prompt and response", name)
+        header = "; the first line of a table must name the columns" * (format_of(path)[0] in (".csv", ".tsv"))
+        raise UserError(f"{error}{header}") from None
     if not first:
         return skipped.add("empty", name)
     yield first
@@ -205,20 +206,20 @@ def decoded_blocks(file, lf=False):
 
     Raises Skip if the file is not UTF-8 (or UTF-16 or UTF-32 with a byte-order mark), binary or blank.
     """
-    encoding, decoder, empty = "", None, True
-    while block := read_block(file):
-        encoding = encoding or encoding_of(block)
-        decoder = decoder or codecs.getincrementaldecoder(encoding)()
+    encoding, empty = encoding_of(block := read_block(file)), True
+    decoder, undecodable = codecs.getincrementaldecoder(encoding)(), f"not {encoding.removesuffix('-sig').upper()}"
+    while block:
         if encoding == "utf-8-sig" and b"\0" in block:
             raise Skip("binary (has NUL bytes)")
         try:
             text = decoder.decode(block)
         except UnicodeDecodeError:
-            raise Skip(f"not {encoding[:6].strip('-').upper()}") from None
+            raise Skip(undecodable) from None
         empty = empty and not text.strip()
         yield text.replace("\r\n", "\n") if lf else text
-    if decoder and decoder.getstate()[0]:  # ends within a character, or within a byte-order mark
-        raise Skip(f"not {encoding[:6].strip('-').upper()}")
+        block = read_block(file)
+    if decoder.getstate()[0]:  # ends within a character, or within a byte-order mark
+        raise Skip(undecodable)
     if empty:
         raise Skip("empty")
 

@@ -202,7 +202,10 @@ class Scanner:
         self.take("]")
 
     def members(self):
-        """Yields the records of an array in an object, under a name of LISTS, else the object."""
+        """Yields the records of an array in an object: under a name of LISTS, or alone; else the object.
+
+        An array of the turns of a conversation is no array of records.
+        """
         start, fields, listed = self.passed + self.at, {}, False
         self.take("{")
         while self.peek() != "}":
@@ -220,7 +223,10 @@ class Scanner:
             if self.peek() != "}":
                 self.take(",")
         self.take("}")
-        if not listed:
+        only = next(iter(fields.values())) if len(fields) == 1 else None
+        if isinstance(only, list) and only and isinstance(only[0], dict) and not {"role", "from"} & only[0].keys():
+            yield from map(self.record, only)
+        elif not listed:
             yield self.record(fields)
 
 
@@ -254,8 +260,7 @@ def table_rows(file, name, delimiters=",;\t"):
                 header = [cell.strip() for cell in row]
                 named = [cell for cell in header if cell]
                 if len(set(named)) < len(named):
-                    raise UserError(f"{place}: the first line must name the columns, and two have one name; add or "
-                                    "repair the header")
+                    raise UserError(f"{place}: two columns have one name; add or repair the header")
             elif any(row[len(header or ()):]):
                 raise UserError(f"{place}: {len(row)} cells, but the header has {len(header)}; put quotes around text "
                                 "that holds the delimiter")

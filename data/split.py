@@ -77,7 +77,7 @@ class Scan:
                     break
         sync(self.path)
         if read:
-            print(f"{'' if label == '--input' else f'{label} '}read {corpora.listed(read)}")
+            print("" if label == "--input" else f"{label}: ", "read ", corpora.listed(read), sep="")
         return {"kind": next(iter(first_of), None), "sha256": whole.hexdigest(), "skipped": skipped,
                 "skipped_names": skipped.names}
 

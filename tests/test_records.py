@@ -25,7 +25,7 @@ def in_formats(rows):
     return {"a.jsonl": lines, "a.NDJSON": "\n" + lines.replace("\n", "\r\n\n") + "\n", "a.json": json.dumps(rows), "lines.json": lines,
             "pretty.json": json.dumps(rows, indent=4, ensure_ascii=False), "a.csv": table(rows, ","), "semicolon.csv": table(rows, ";"),
             "data.json": json.dumps({"version": [1.5, None], "data": rows, "by": {"data": [3]}}, indent=1),
-            "rows.json": json.dumps({"rows": rows}), "a.tsv": table(rows, "\t"), "index.csv": table([{"": "7", **row} for row in rows], ",")}
+            "rows.json": json.dumps({"rows": rows}), "alone.json": json.dumps({"faqs": rows}), "a.tsv": table(rows, "\t"), "index.csv": table([{"": "7", **row} for row in rows], ",")}
 
 
 def packings():
@@ -124,7 +124,8 @@ FAULTS = [
     ("a.ndjson", b'{"text": "a"}\n{"text": "\xe9"}\n', "a.ndjson, line 2: not UTF-8 text; save the file as UTF-8"),
     ("a.csv", "text,n\na,1\n\"b\nb\",2\nc,d,3\n", "a.csv, line 5: 3 cells, but the header has 2"),
     ("a.csv", "text,n\na,1\n\"b,2\nc,3\n", "a.csv, line 3: not a valid table .unexpected end"),
-    ("a.csv", "text,text\na,b\n", "a.csv, line 1: the first line must name the columns"), ("a.csv", "a,b\nc,d\n", "line 2: needs the"),
+    ("a.csv", "text,text\na,b\n", "a.csv, line 1: two columns have one name; add or repair the header"),
+    ("a.csv", "a,b\nc,d\n", "a.csv, line 2: needs the .*; the first line of a table must name the columns"),
     ("a.csv", b"text\na\n\xe9\n", "a.csv, line 3: not UTF-8"), ("a.csv", "text\n", "no text to use .1 empty .a.csv"),
     ("a.json.gz", PACKED[:-9], r"a.json.gz: not a whole .gz file \(Compressed file ended"), ("a.csv.gz", b"text\na\n", "not a whole .gz"),
     ("a.txt.gz", PACKED[:-9], "a.txt.gz: not a whole .gz file"), ("a.txt.gz", b"plain", "not a whole .gz"), ("a.docx", b"PK", "to be saved as")]
@@ -135,6 +136,13 @@ def test_each_fault_is_a_sentence_that_names_the_place(tmp_path, name, content, 
     with pytest.raises(UserError, match=says) as error:
         dataset(write(tmp_path / name, content))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_conversation_is_one_record(tmp_path):
+    for turn in {"role": "user", "content": "a"}, {"from": "human", "value": "a"}:
+        file = write(tmp_path / "a.json", json.dumps({"messages": [turn, turn]}))
+        assert list(records.objects(file, "a.json")) == [("a.json, record 1", {"messages": [turn, turn]})]
+        assert len(list(records.objects(write(file, json.dumps({"data": [{"messages": [turn]}] * 2})), "a.json"))) == 2
 
 
 def test_zst_broken_or_missing(tmp_path, monkeypatch):
