@@ -1,27 +1,32 @@
 """
-Where documents come from: the standard library's source, files and folders of text, .jsonl files.
+Where documents come from: the standard library's source, files and folders of text and of records.
 
     for name, parts in corpora.documents(corpora.source(["notes/", "faq.jsonl"]), skipped := corpora.Skipped()): ...
 
 A document is a name and parts. The parts of a text are an iterator of pieces (str, about 1 MB each,
 so that a large file is never held whole); a conversation is an Example. Nothing is
 normalized: line ends stay, only a byte-order mark is removed. Documents that cannot be used are
-counted in `skipped` by reason.
+counted in `skipped` by reason. records.py reads files of records, and packed ones.
 """
 
-import codecs, io, json, os, re, sysconfig
+import codecs, gzip, io, os, re, sysconfig
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from data import UserError, conversation
 from data.files import reading
+from data.records import encoding_of, format_of, holds_records, objects, unpacked
 
 KNOWN = ["stdlib"]  # corpora that need no file and no network; download.py has others
 PIECE, HARD_CUT = 1 << 20, 8 << 20  # characters
 # A word border for Qwen2, GPT-2 and Llama 3: white space after a letter or digit begins a word.
 # After a newline would be wrong: to GPT-2 "\n\n" is one word at the end of a text, two within.
 BOUNDARY = re.compile(r"(?<=[^\W_])(?=[ \r\n])")
+ARCHIVE, PAGES = "archive, to be unpacked", "to be saved as text"
+FOREIGN = {**dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz"), ARCHIVE), ".pdf": f"PDF, {PAGES}",
+           **dict.fromkeys((".doc", ".docx", ".odt", ".rtf", ".epub", ".pptx"), f"word processor's file, {PAGES}"),
+           **dict.fromkeys((".xls", ".xlsx", ".ods"), "spreadsheet, to be saved as .csv")}
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 
 
@@ -32,6 +37,7 @@ class File(NamedTuple):
     lf: bool = False  # turn CRLF into LF
     end: bytes = b""  # the separator of documents, for a file that holds many
     names: conversation.Names = conversation.Names()  # of the fields to read
+    found: bool = False  # in a folder, not named itself
 
 
 class Example(NamedTuple):
@@ -105,7 +111,7 @@ def source(inputs, name=None, flag="--input", skipped=None):
     for path in map(Path, inputs):
         if path.is_dir():
             paths = walk(path, {"__pycache__", "node_modules"}, skipped=skipped)
-            files += sorted(File(p.relative_to(path).as_posix(), p) for p in paths)
+            files += sorted(File(p.relative_to(path).as_posix(), p, found=True) for p in paths)
         elif path.exists():
             files.append(File(path.name, path))
         else:
@@ -135,17 +141,53 @@ def documents(files, skipped):
     """Yields (name, parts) of each document in `files` (see `source`); counts in `skipped`.
 
     Reading `parts` of a text may raise Skip: the caller then drops and counts the whole document.
-    Raises UserError for a broken .jsonl line.
+    Raises UserError for a broken record or a broken packed file.
     """
-    for name, path, lf, end, names in files:
+    for name, path, lf, end, names, found in files:
         if not path.is_file():  # a dangling link, a pipe, a socket
             skipped.add("not a regular file", name)
-        elif path.suffix.lower() == ".jsonl":
-            yield from jsonl(path, name, names, skipped)
+        elif format_of(path)[0] in FOREIGN:
+            skipped.add(FOREIGN[format_of(path)[0]], name)
+        elif holds_records(path):
+            yield from from_records(path, name, found, names, skipped)
         elif end:
             yield from separated(path, name, end)
         else:
             yield name, pieces(blocks(path, lf))
+
+
+def from_records(path, name, found, names, skipped):
+    """Yields (place, parts) of each record of a file.
+
+    In a folder a table or .json may as well be settings or figures: a file `found` there is skipped
+    if the first record is no document. Raises UserError for all other records that are none.
+    """
+    all_of = (document_of(place, fields, names, skipped) for place, fields in objects(path, name))
+    try:
+        first = next(all_of, None)
+    except UserError as error:
+        if found and format_of(path) in ((".json", ""), (".csv", ""), (".tsv", "")):
+            return skipped.add("without text, or prompt and response", name)
+        header = "; the first line of a table must name the columns" * (format_of(path)[0] in (".csv", ".tsv"))
+        raise UserError(f"{error}{header}") from None
+    if not first:
+        return skipped.add("empty", name)
+    yield first
+    yield from all_of
+
+
+def kind_of(path):
+    """("records" or "text", the ending of the name), for `listed`."""
+    return "records" if holds_records(path) else "text", "".join(format_of(path)) or "without ending"
+
+
+def listed(kinds):
+    """A Counter of files by `kind_of` as text: "as records: 2 .csv, 1 .json; as text: 14 .md"."""
+    lists = {}
+    for (taken, ending), number in kinds.most_common():
+        lists.setdefault(taken, []).append(f"{number:,} {ending}")
+    few = {taken: ", ".join([*each[:5], *["..."] * (len(each) > 5)]) for taken, each in sorted(lists.items())}
+    return "; ".join(f"as {taken}: {endings}" for taken, endings in few.items())
 
 
 def separated(path, name, end):
@@ -157,33 +199,40 @@ def separated(path, name, end):
             *texts, rest = (rest + (block or end)).split(end)
             for text in filter(bytes.strip, texts):
                 number += 1
-                yield f"{name}, document {number}", pieces(blocks(io.BytesIO(text.strip(b"\r\n"))))
+                yield f"{name}, document {number}", pieces(decoded_blocks(io.BytesIO(text.strip(b"\r\n"))))
 
 
 def blocks(path, lf=False):
-    """Yields the text of a file (or an open one) as str of about 1 MB.
+    """Yields the text of a file, unpacked, as str of about 1 MB.
 
-    Raises Skip if the file is not UTF-8, binary, blank or unreadable.
+    Raises Skip if the file is unreadable or not text, UserError if it is packed and broken.
     """
-    decoder, empty = codecs.getincrementaldecoder("utf-8-sig")(), True
     try:
-        f = path if isinstance(path, io.BytesIO) else open(path, "rb")
+        with unpacked(path, path.name) as file:
+            yield from decoded_blocks(file, lf)
     except PermissionError:
         raise Skip("no permission to read") from None
-    with f:
-        while block := read_block(f):
-            if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and empty:
-                raise Skip("UTF-16, to be saved as UTF-8")
-            if b"\0" in block:
-                raise Skip("binary (has NUL bytes)")
-            try:
-                text = decoder.decode(block)
-            except UnicodeDecodeError:
-                raise Skip("not UTF-8") from None
-            empty = empty and not text.strip()
-            yield text.replace("\r\n", "\n") if lf else text
-        if decoder.getstate()[0]:  # ends within a character, or within a byte-order mark
-            raise Skip("not UTF-8")
+
+
+def decoded_blocks(file, lf=False):
+    """Yields the text of an open file as str of about 1 MB.
+
+    Raises Skip if the file is not UTF-8 (or UTF-16 or UTF-32 with a byte-order mark), binary or blank.
+    """
+    encoding, empty = encoding_of(block := read_block(file)), True
+    decoder, undecodable = codecs.getincrementaldecoder(encoding)(), f"not {encoding.removesuffix('-sig').upper()}"
+    while block:
+        if encoding == "utf-8-sig" and b"\0" in block:
+            raise Skip("binary (has NUL bytes)")
+        try:
+            text = decoder.decode(block)
+        except UnicodeDecodeError:
+            raise Skip(undecodable) from None
+        empty = empty and not text.strip()
+        yield text.replace("\r\n", "\n") if lf else text
+        block = read_block(file)
+    if decoder.getstate()[0]:  # ends within a character, or within a byte-order mark
+        raise Skip(undecodable)
     if empty:
         raise Skip("empty")
 
@@ -192,6 +241,8 @@ def read_block(file):
     """The next PIECE bytes of an open file. Raises Skip where the disk or the system refuses."""
     try:
         return file.read(PIECE)
+    except gzip.BadGzipFile:
+        raise
     except OSError as error:
         raise Skip(f"cannot be read: {error.strerror or error}") from None
 
@@ -217,12 +268,6 @@ def pieces(texts):
         yield buffer
 
 
-def jsonl(path, name, names, skipped):
-    """Yields (place, parts) per line. Raises UserError, naming file and line, for other lines."""
-    for place, fields in objects(path, name):
-        yield document_of(place, fields, names, skipped)
-
-
 def document_of(place, fields, names, skipped):
     """(place, parts) of a record, a dict: a conversation as an Example, a text as pieces.
 
@@ -237,22 +282,3 @@ def document_of(place, fields, names, skipped):
         parts = pieces(text[i:i + PIECE] for i in range(0, len(text), PIECE))
     skipped.shapes[shape] += 1
     return place, parts
-
-
-def objects(path, name):
-    """Yields (place, dict) per line of a .jsonl file that is not blank; {} for other JSON.
-
-    Raises UserError, naming file and line, for a line that is not UTF-8 or not JSON.
-    """
-    with reading(path), open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            place = f"{name}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                raise UserError(f"{place}: not UTF-8; save the file as UTF-8") from None
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{place}: not valid JSON ({e}); repair or remove the line") from None
-            yield place, row if isinstance(row, dict) else {}

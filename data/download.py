@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from data import UserError, corpora
 from data.files import sync
+from data.records import parquet_library
 
 FOLDER = Path(__file__).resolve().parent / "downloads"
 TRIES, WAIT = 6, 1  # of one request; seconds before the second, twice as many before each further one
 PASSING = {408, 429, 500, 502, 503, 504}  # HTTP states that may be over in a while
 GITHUB, HUB = "https://raw.githubusercontent.com/", "https://huggingface.co/datasets/"
-CORPORA = {  # name: (address of a fixed revision, {file: git's id of the content, or None: not known})
+CORPORA = {  # name: (address of a fixed revision, {file: git's id of the content or sha256, or None: not known})
     "shakespeare": (GITHUB + "karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/",
                     {"input.txt": "7dcb3a2d4cc3b48b6283dd46870bfeb78f88aac9"}),
     "wikitext2": (GITHUB + "pytorch/examples/77f55b912142e11fcfdf5b530231fb9c52f181e8/word_language_model/data/"
@@ -30,7 +31,10 @@ CORPORA = {  # name: (address of a fixed revision, {file: git's id of the conten
                    "test.txt": "6f3fc88e4cd88456ea892971f9f12243e8428624"}),
     "tinystories": (HUB + "roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/",
                     {"TinyStoriesV2-GPT4-train.txt": None, "TinyStoriesV2-GPT4-valid.txt": None}),
-}
+    "fineweb-edu": (HUB + "HuggingFaceFW/fineweb-edu/resolve/87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT/",
+                    {"013_00000.parquet": "b393f51fefab26cd6f4c8f65707c1924f6666c4961a0ebebe04bb57f7ec832de"}),
+}  # of the 14 files of fineweb-edu's sample this is the smallest, 541 MB
+SIZES = {"fineweb-edu": 100_000_000}  # bytes of text that are taken, if --size does not say it
 
 
 class Failed(Exception):
@@ -44,6 +48,8 @@ def files(name):
     """
     known = CORPORA[name][1]
     for file in known:
+        if file.endswith(".parquet"):
+            parquet_library(name)  # before a long download, not after it
         fetch(name, file)
     end = b"<|endoftext|>" if name == "tinystories" else b""
     texts = [corpora.File(file, FOLDER / name / file, end=end) for file in known if file != "test.txt"]  # for --text
@@ -66,8 +72,9 @@ def fetch(name, file):
     if not missing and not blob:
         return
     sha256, actual = digests(path)
-    if blob and actual != blob:
-        raise UserError(f"{path} is not the file of {url} (git calls that {blob[:12]}, this one {actual[:12]}): "
+    if blob not in (None, actual, sha256):
+        kind, actual = ("sha256", sha256) if len(blob) == len(sha256) else ("git's id", actual)
+        raise UserError(f"{path} is not the file of {url} ({kind} {blob[:12]}, but here {actual[:12]}): "
                         "remove it and run it again")
     if missing:
         print(f"{path.name}: {path.stat().st_size:,} bytes, sha256 {sha256}"

@@ -14,9 +14,9 @@ import torch
 
 from data import UserError
 from data.conversation import asked, clean, of_record
-from data.corpora import objects
 from data.files import replacing_file
 from data.loader import LEARNED, open_split
+from data.records import holds_records, objects
 
 BLOCK = 1 << 20  # tokens decoded at a time; a document across two blocks counts as two
 WORDS, BYTES = 8, 50  # lengths of a span
@@ -31,8 +31,9 @@ def evaluation_flags(parser):
     """Adds the flags of sample.py --eval to a parser."""
     group = parser.add_argument_group("held-out prompts", "how well the models predict the responses, and what they "
                                       "answer; the first model is the baseline")
-    group.add_argument("--eval", metavar="NAME_OR_FILE", help="the held-out examples of prepared data, or a .jsonl of "
-                       "prompt, response and, to choose from, choices; of a conversation the last response counts")
+    group.add_argument("--eval", metavar="NAME_OR_FILE", help="the held-out examples of prepared data, or a file "
+                       "(.jsonl, .json, .csv, ...) of prompt, response and, to choose from, choices; of a conversation "
+                       "the last response counts")
     group.add_argument("--data", metavar="NAME_OR_DIR", help="with such a file: prepared training data, to find "
                        "repetition in the responses (groups by overlap) and in the answers")
     group.add_argument("--by", metavar="FIELD", help="groups by this field of the lines, too")
@@ -54,7 +55,7 @@ def check_evaluation_flags(args):
 def of_command(args):
     """(Lines, directory of the training data or None) for --eval and --data. Raises UserError."""
     from data.prepare import find                                # here: to read lines needs no tokenizer
-    from_file = args.eval.endswith(".jsonl")
+    from_file = holds_records(args.eval)
     if args.out and Path(args.out).exists():
         check_replaceable(args)
     if args.data and not from_file:
@@ -130,11 +131,11 @@ class Line(NamedTuple):
 
 
 def read(path, flag="--eval"):
-    """The Lines of a .jsonl file of {"prompt", "response"} and, for multiple choice, "choices".
+    """The Lines of a file of records {"prompt", "response"} and, for multiple choice, "choices".
 
     data/conversation.py says which other records are read. The response of a conversation is the
     last turn of the assistant.
-    Raises UserError, naming the line, for a line that lacks a field, and for an empty file.
+    Raises UserError, naming the place, for a record that lacks a field, and for an empty file.
     """
     path, lines = Path(path), []
     if not path.is_file() and path.with_name("meta.json").is_file():

@@ -4,12 +4,17 @@ Turns text into a dataset data/NAME/: train.bin and val.bin (token ids), tokeniz
     python data/prepare.py stdlib                                 # the standard library's source: needs no file
     python data/prepare.py --input notes/ book.txt --name notes   # your own files and folders
     python data/prepare.py --input faq.jsonl                      # lines of {"messages"}, {"prompt", "response"} ...
+    python data/prepare.py --input faq.csv                        # columns of these names; or .json, .tsv, .parquet
     python data/prepare.py --input a.txt --val b.txt --tokenizer MODEL_DIR    # a test set and a tokenizer you have
     python data/prepare.py shakespeare                            # or wikitext2, tinystories: these are downloaded
+    python data/prepare.py fineweb-edu --size 300MB               # web pages, downloaded; needs pyarrow
 
 The text is read twice and never held whole: once for sizes, duplicates and the split, once to
 encode. The result is written to .NAME.part and renamed when complete. An interrupted run so leaves
 an older dataset untouched, and the same command resumes.
+
+Of a folder all files are read: as records by the endings .jsonl, .ndjson, .json, .csv, .tsv and
+.parquet, else as text; .gz and .zst are unpacked. README.md in this folder has a table of formats.
 
 Files: *.bin are little-endian uint16 (uint32 from 65,536 ids on), each document followed by the
 end-of-text token. Examples end with the token that ends the template's turn instead (<|im_end|>),
@@ -122,6 +127,14 @@ def check_numbers(vocab_size, tokenizer, val_fraction):
                         f"{256 + len(SPECIALS)} ids")
 
 
+def bytes_of(size):
+    """The number of bytes in "100MB" or "1.5GB". Raises UserError for other text."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)([MG])B", size, re.I)
+    if not number or not float(number[1]):
+        raise UserError(f"--size {size} is not a size such as 100MB or 1.5GB")
+    return int(float(number[1]) * {"M": 1e6, "G": 1e9}[number[2].upper()])
+
+
 def encode_example(tokenizer, prompt, response):
     """(ids, mask) of a response, which alone is learned, to a prompt: see encoding.encode_turns.
 
@@ -175,7 +188,7 @@ def check_scans(scan, val_scan, inputs, val, skipped):
         if found and not found.usable.any():
             why = str(skipped) or "there are no files"
             raise UserError(f"{flag} {' '.join(map(str, paths))}: no text to use ({why}); "
-                            "it must be UTF-8 text or .jsonl")
+                            "it must be UTF-8 text, or .jsonl, .json, .csv, .tsv or .parquet")
     if val_scan and val_scan.kind != scan.kind:
         raise UserError(f"--input is {scan.kind} but --val is {val_scan.kind}; both must be of one kind")
 
@@ -226,7 +239,7 @@ def print_report(out, splits, skipped):
 
 
 def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=None, val_fraction=0.05, seed=0,
-            overwrite=False, smoke=False, names=Names()):
+            overwrite=False, smoke=False, names=Names(), size=None):
     """Writes a dataset and returns the directory: `out`, or data/NAME, or data/NAME-smoke.
 
     name        a known corpus, or with `inputs` (paths) the dataset's name
@@ -234,6 +247,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
     vocab_size  ids of the BPE that is trained here
     tokenizer   "bytes", "gpt2", a directory or a Tokenizer; then none is trained
     names       the fields of records to read: see data/conversation.py
+    size        bytes of text after which no further document is taken; None for a corpus's own size
 
     Raises UserError. Long, as all stages stand in a row; each is a function.
     """
@@ -243,11 +257,12 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
     existing = {} if overwrite or out.name.endswith("-smoke") else marker_of(out, DATASET)
     tokenizer, vocab_size, skipped = choose_tokenizer(tokenizer), vocab_size or VOCAB_SIZE, corpora.Skipped()
     files, val_files = find_files(name, inputs, val, skipped, names)
-    made_from = (*map(stamp, files), "--val", *map(stamp, val_files), val_fraction, seed, smoke, encoding.TASK,
+    size = size or download.SIZES.get(name)
+    made_from = (*map(stamp, files), "--val", *map(stamp, val_files), val_fraction, seed, smoke, size, encoding.TASK,
                  (tokenizer.hash, tokenizer.chat_template) if tokenizer else vocab_size)
     with contextlib.suppress(AlreadyMade), resumable(out, DATASET, made_from) as (part, progress):
         # the first pass, and the settings that make a dataset another one
-        scan = Scan(files, skipped, smoke, "--input", part, progress)
+        scan = Scan(files, skipped, smoke, "--input", part, progress, size)
         val_scan = Scan(val_files, skipped, smoke, "--val", part, progress) if val_files else None
         check_scans(scan, val_scan, inputs, val, skipped)
         settings = {"kind": scan.kind, "sha256": scan.sha256, "val_sha256": val_scan and val_scan.sha256,
@@ -290,7 +305,8 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("corpus", nargs="?", help=f"a corpus known here: {', '.join(KNOWN)} (all but stdlib are downloaded)")
-    add("--input", nargs="+", metavar="PATH", default=[], help="files and folders of UTF-8 text, or .jsonl")
+    add("--input", nargs="+", metavar="PATH", default=[], help="files and folders of text, or of records: .jsonl, "
+        ".json, .csv, .tsv, .parquet; also .gz and .zst")
     add("--name", help="name of the dataset (default: from the first input)")
     for part, usual in (("text", "text"), ("prompt", "prompt, question, instruction + input"),
                         ("response", "response, completion, answer, output")):
@@ -300,6 +316,8 @@ def main():
     add("--tokenizer", metavar="bytes|gpt2|DIR", help="use this tokenizer and train none; gpt2 is downloaded once")
     add("--val-fraction", type=float, default=0.05, metavar="F", help="validation's share of the bytes (default 0.05)")
     add("--seed", type=int, default=0, help="of the split (default 0)")
+    add("--size", metavar="N", help="take the first documents only, until they hold so much text, as 100MB or 2GB "
+        "(default: all; of fineweb-edu 100MB)")
     add("--out", metavar="DIR", help="where to write (default data/NAME)")
     add("--overwrite", action="store_true", help="replace the dataset that is there")
     add("--smoke", action="store_true", help="the first megabyte only, into data/NAME-smoke")
@@ -312,7 +330,7 @@ def main():
         raise UserError(f"{args.corpus} is a path: use --input {args.corpus}")
     prepare(args.corpus or args.name, args.input, args.val, args.out, args.vocab_size, args.tokenizer,
             args.val_fraction, args.seed, args.overwrite, args.smoke,
-            Names(args.text_field, args.prompt_field, args.response_field))
+            Names(args.text_field, args.prompt_field, args.response_field), args.size and bytes_of(args.size))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import torch
 from data import UserError, heldout
 from data.console import decoded
 from data.conversation import answers
+from data.encoding import encode_examples
 from data.files import write_json
 from data.loader import Batch, Windows, read_meta, stream_batches
-from data.encoding import encode_examples
 from data.prepare import find
+from data.records import holds_records
 from data.tokenizer import Tokenizer
 from data.vocabulary import reencoded
 
@@ -122,7 +123,7 @@ def measuring_flags(parser):
         "the 10, 25 and 50 %% of the tokens that the small one is least sure of")
     add("--data", metavar="NAME_OR_DIR", help="score the validation split of this prepared data (default: of the data "
         "that the first model was trained on)")
-    add("--text", metavar="FILE", help="score this text instead, or the responses of this .jsonl")
+    add("--text", metavar="FILE", help="score this text instead, or the responses of this .jsonl, .json, .csv ...")
     add("--eval-tokens", type=int, metavar="N", default=0, help="score about N: of data spread over the split, of a "
         "text the first (default: all)")
     add("--prompt-tokens", type=int, metavar="N", default=0, help="length of the prompt whose prefill is timed "
@@ -138,14 +139,14 @@ def scored_text(args, tokenizers, history, context):
     """(protocol in words, {name: batches}): the text to score, for tokenizers {name: Tokenizer}.
 
     --text FILE is one stream of ids without a start token; --eval-tokens takes the beginning. Of a
-    .jsonl FILE the responses are scored, given the prompts, in the chat template of each model.
+    FILE of records the responses are scored, given the prompts, in the chat template of each model.
     Prepared data is scored as train.py does, with --eval-tokens spread over the split. Where the
     tokenizers differ, each encodes the beginning of the text, or all responses. Raises UserError.
     One decision between several sources of text, therefore many branches.
     """
     first, limit = next(iter(tokenizers.values())), args.eval_tokens
     windows = f"windows of {context} tokens and the one after each"
-    if args.text and args.text.endswith(".jsonl"):
+    if args.text and holds_records(args.text):
         return scored_responses(args.text, "--text", tokenizers, limit, context, windows)
     others = [name for name, tokenizer in tokenizers.items() if tokenizer.hash != first.hash]
     if args.text:
@@ -187,7 +188,7 @@ def scored_directory(args, history):
 
 
 def scored_responses(file, flag, tokenizers, limit, context, windows):
-    """Like `scored_text`, for all responses in a .jsonl file, of about `limit` tokens."""
+    """Like `scored_text`, for all responses in a file of records, of about `limit` tokens."""
     lines, first = heldout.read(file, flag), next(iter(tokenizers.values()))
     encoded = lambda tokenizer: encode_examples(tokenizer, lines)
     if limit:                                                    # the same lines for all, spread: a file's parts differ

@@ -1,6 +1,7 @@
 """Which documents are for validation: near-duplicates stay on one side (MinHash, Broder 1997)."""
 import hashlib, itertools, zlib
 from array import array
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -30,14 +31,15 @@ class Scan:
     sha256                hex, over names and contents
     shapes                {a shape of records in words: number}; {} without records
 
+    limit: bytes of text after which no further document is read; smoke: about a megabyte.
     The rows are stored in part/LABEL.rows, the rest under `label` in `progress`. A scan that is
     stored there is not repeated. Raises UserError if files of both kinds are among `files`.
     """
 
-    def __init__(self, files, skipped, smoke, label, part, progress):
+    def __init__(self, files, skipped, smoke, label, part, progress, limit=None):
         self.path = part / f"{label}.rows"
         if label not in progress:
-            progress[label] = self._read(files, smoke, label)
+            progress[label] = self._read(files, smoke, label, SMOKE_BYTES if smoke else limit or float("inf"))
             write_json(part / "progress.json", progress)
         self.kind, self.sha256 = progress[label]["kind"], progress[label]["sha256"]
         skipped.merge(corpora.Skipped(progress[label]["skipped"], progress[label]["skipped_names"]))
@@ -52,18 +54,20 @@ class Scan:
         """MinHash signatures (n, 32) uint32, mapped from disk."""
         return self._rows()["signature"]
 
-    def _read(self, files, smoke, label):
-        first_of, skipped, total, whole = {}, corpora.Skipped(), 0, hashlib.sha256()
+    def _read(self, files, smoke, label, limit):
+        first_of, skipped, total, whole, read, last = {}, corpora.Skipped(), 0, hashlib.sha256(), Counter(), None
         expected = sum(path.stat().st_size for path in (f.path for f in files) if path.is_file())
         bar = tqdm(total=None if smoke else expected, unit="B", unit_scale=True, desc=f"read {label}", disable=None,
                    leave=False)
         with open(self.path, "wb") as rows, bar:
-            for name, parts in corpora.documents(files, skipped):
+            for file, name, parts in ((f, *document) for f in files for document in corpora.documents([f], skipped)):
                 row = np.zeros(1, ROW)
                 try:
                     size, digest, signature = scan_document(parts, smoke, bar)
                     row[0] = size, np.frombuffer(digest[:16], np.uint8), signature, True
                     whole.update(name.encode("utf-8", "surrogateescape") + b"\0" + digest)
+                    read[corpora.kind_of(file.path)] += file is not last
+                    last = file
                     first_of.setdefault("examples" if isinstance(parts, tuple) else "text", name)
                     total += size
                 except corpora.Skip as reason:
@@ -72,9 +76,11 @@ class Scan:
                     raise UserError(f"{first_of['text']} is text and {first_of['examples']} is a prompt and its "
                                     "response, or a conversation: make two datasets of them (two --name)")
                 rows.write(row.tobytes())
-                if smoke and total > SMOKE_BYTES:
+                if total >= limit:
                     break
         sync(self.path)
+        if read:
+            print("" if label == "--input" else f"{label}: ", "read ", corpora.listed(read), sep="")
         return {"kind": next(iter(first_of), None), "sha256": whole.hexdigest(), "skipped": skipped,
                 "skipped_names": skipped.names, "shapes": skipped.shapes}
 

@@ -1,5 +1,5 @@
 """data/download.py against a real server on this machine that cuts, lies, forgets and changes its mind. No other network."""
-import errno, hashlib, http.server, json, os, signal, subprocess, sys, threading, time, urllib.parse
+import errno, hashlib, http.server, io, json, os, signal, subprocess, sys, threading, time, urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +223,32 @@ def test_stories_are_documents_and_the_validation_file_is_validation(server, her
     text = {s: Tokenizer.load(out).decode(np.fromfile(out / f"{s}.bin", "<u2").tolist()) for s in ("train", "val")}
     assert text["train"].split("<|endoftext|>") == stories[:7] + stories[8:] + [""]
     assert text["val"].split("<|endoftext|>") == [stories[7], "New.", ""]
+
+
+def test_web_pages_are_the_first_of_a_parquet_file(server, here, tmp_path, monkeypatch, capsys):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pages, content = [f"page {i:03} é\n" for i in range(300)], io.BytesIO()               # 12 bytes each
+    parquet.write_table(pyarrow.table({"text": pages, "id": list(range(300))}), content, row_group_size=100)
+    server.bodies["013_00000.parquet"] = content.getvalue()
+    with pytest.raises(UserError, match="013_00000.parquet is not the file of .*sha256 b393f51fefab, but here"):
+        prepare("fineweb-edu", out=tmp_path / "out", tokenizer="bytes")
+    known = {"013_00000.parquet": hashlib.sha256(content.getvalue()).hexdigest()}
+    monkeypatch.setitem(download.CORPORA, "fineweb-edu", (server.url, known))
+    out = prepare("fineweb-edu", out=tmp_path / "out", tokenizer="bytes", size=1200)
+    text = b"".join((out / f"{split}.bin").read_bytes() for split in ("train", "val"))
+    words = Tokenizer.load(out).decode(np.frombuffer(text, "<u2").tolist()).split("<|endoftext|>")
+    assert sorted(words) == ["", *pages[:100]] and len(server.asked) == 1
+    monkeypatch.setitem(download.SIZES, "fineweb-edu", 2400)                # without --size
+    out = prepare("fineweb-edu", out=tmp_path / "out", tokenizer="bytes", overwrite=True)
+    meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+    assert sum(s["bytes"] for s in meta["splits"].values()) == 2400 and "read as records: 1 .parquet" in capsys.readouterr().out
+
+
+def test_without_pyarrow_no_parquet_is_fetched(server, here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="fineweb-edu: Parquet needs a package: pip install pyarrow"):
+        download.files("fineweb-edu")
+    assert server.asked == []
 
 
 def test_training_downloads_nothing(server, here, tmp_path):
