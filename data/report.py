@@ -52,25 +52,52 @@ def write_text(path, text):
 # Training and distillation
 
 def picture(out):
-    """Draws OUT/loss.png from OUT/log.jsonl: training and validation loss against tokens."""
+    """Draws OUT/loss.png from OUT/log.jsonl: training and validation loss against tokens.
+
+    Both are in bits per byte of the learned text. A vertical line ends each reading of the text.
+    """
     figure, ax = new_figure("loss.png")
     lines = read_log(out / "log.jsonl")
-    train = [(l["tokens"], l["loss"]) for l in lines if "loss" in l]
-    val = [(l["tokens"], l["val_loss"]) for l in lines if "val_loss" in l]
-    if not figure or not val:
+    evaluations, steps = ([l for l in lines if name in l] for name in ("val_bits_per_byte", "loss"))
+    if not figure or not evaluations:
         return
-    ax.plot(*zip(*train), color="0.85", linewidth=0.8, label="training, a step")
-    n = max(1, len(train) // 50)
-    smooth = [(train[i + n - 1][0], statistics.fmean(l for _, l in train[i:i + n]))
-              for i in range(0, len(train) - n + 1, n)]
-    ax.plot(*zip(*smooth), color="0.4", label=f"training, mean of {n}")
-    ax.plot(*zip(*val), "o-", color="tab:blue", label="validation")
-    ax.set(xlabel="tokens learned", ylabel="loss (nats per token)",
-           title=f"{out.name}: validation loss {val[-1][1]:.3f}")
-    ax.set_ylim(min(l for _, l in (*train, *val)) - 0.1, None)
-    ax.legend(loc="upper right")
-    ax.grid(alpha=0.3)
+    end = evaluations[-1]
+    side = "train" if end.get("train_loss") and "train_bits_per_byte" in end else "val"       # logs of earlier versions
+    bits = end[f"{side}_bits_per_byte"] / max(end[f"{side}_loss"], 1e-9)       # per byte, for a nat per token
+    n, tokens = max(1, len(steps) // 50), [l["tokens"] for l in steps]
+    means = [statistics.fmean(bits * l["loss"] for l in steps[i:i + n]) for i in range(0, len(steps) - n + 1, n)]
+    ax.plot(tokens, [bits * l["loss"] for l in steps], color="0.85", linewidth=0.8, label="training, a step")
+    ax.plot(tokens[n - 1::n], means, "--", color="0.35", linewidth=1.8, label=f"training, mean of {n} steps")
+    curves = [key for key in end if key.startswith("val_") and key.endswith("bits_per_byte")]
+    for key, style in zip(curves, ("o-", "s:", "^:", "D:", "v:")):             # the main data's first: see evaluator
+        points = [(l["tokens"], l[key]) for l in evaluations if key in l]
+        name = key[len("val_"):-len("bits_per_byte")].rstrip("_")
+        ax.plot(*zip(*points), style, color="tab:blue", label=f"validation, {name}".rstrip(", "))
+    mark_readings(ax, end, tokens)
+    # The first steps of a new model would press the rest into a line.
+    shown = means[min(2, len(means) - 1):] + [l[key] for l in evaluations for key in curves if key in l]
+    room = 0.1 * (max(shown) - min(shown)) + 0.01
+    ax.set_ylim(max(0, min(shown) - room), max(shown) + room)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.set(xlabel="tokens learned", ylabel="loss (bits per byte)",
+           title=f"{out.name}, best: {min(l['val_bits_per_byte'] for l in evaluations):.3f} bits per byte of validation text")
+    figure.legend(loc="outside lower center", ncols=3)
+    ax.grid(axis="y", alpha=0.3)
     save_figure(figure, out / "loss.png")
+
+
+def mark_readings(ax, end, tokens):
+    """Draws a thin vertical line where the text has been read; of more than 20 readings, at every few.
+
+    end      the last evaluation's line of the log
+    tokens   learned after each step
+    """
+    times = end.get("times_read", 0)
+    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10 ** 9) if times / n <= 20)
+    ends = [round(end["step"] * n / times) for n in range(every, int(times) + 1, every)]                 # in steps
+    for i, step in enumerate(ends):
+        ax.axvline(tokens[min(max(step, 1), len(tokens)) - 1], color="0.65", linewidth=0.7, zorder=0,
+                   label=f"the text is read {'again' if every == 1 else f'{every} times more'}" if i == 0 else None)
 
 
 DISTILLATION = (("parameters", "parameters", "{:,}"), ("bits per byte", "bits_per_byte", "{:.4f}"),
