@@ -54,12 +54,12 @@ def write_text(path, text):
 def picture(out):
     """Draws OUT/loss.png from OUT/log.jsonl: training and validation loss against tokens.
 
-    Both are in bits per byte of the learned text. A vertical line ends each reading of the text.
+    Both are in bits per byte of the learned text. A vertical line stands where a reading of it ends.
     """
     figure, ax = new_figure("loss.png")
     lines = read_log(out / "log.jsonl")
     evaluations, steps = ([l for l in lines if name in l] for name in ("val_bits_per_byte", "loss"))
-    if not figure or not evaluations:
+    if not figure or not evaluations or not steps:
         return
     end = evaluations[-1]
     side = "train" if end.get("train_loss") and "train_bits_per_byte" in end else "val"       # logs of earlier versions
@@ -80,14 +80,14 @@ def picture(out):
     ax.set_ylim(max(0, min(shown) - room), max(shown) + room)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set(xlabel="tokens learned", ylabel="loss (bits per byte)",
-           title=f"{out.name}, best: {min(l['val_bits_per_byte'] for l in evaluations):.3f} bits per byte of validation text")
+           title=f"{out.name}: {min(l['val_bits_per_byte'] for l in evaluations):.3f} bits per byte at best")
     figure.legend(loc="outside lower center", ncols=3)
     ax.grid(axis="y", alpha=0.3)
     save_figure(figure, out / "loss.png")
 
 
 def mark_readings(ax, end, tokens):
-    """Draws a thin vertical line where the text has been read; of more than 20 readings, at every few.
+    """Draws a thin vertical line where a reading of the text ends; of more than 20, at every few.
 
     end      the last evaluation's line of the log
     tokens   learned after each step

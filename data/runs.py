@@ -193,7 +193,7 @@ class Run:
         training = {"train_loss": self.trend.turn(self.step, improved)}
         if self.bytes_per_token:
             training["train_bits_per_byte"] = training["train_loss"] / math.log(2) / self.bytes_per_token
-        if times := next(iter(self.readings(self.step).values()), None):
+        if times := next(iter(self.readings(self.step).values()), 0.0):
             training["times_read"] = times
         self.log.write(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 3), **training, **val)
         speed = since["steps"] * self.positions / since["seconds"]

@@ -96,16 +96,16 @@ class Trend:
         by 0.2 % (less is noise), of a text that has been read more than once.
 
         lowest   validation loss so far
-        times    how often the text has been read; None: not known
+        times    how often the text has been read; 0: not known
         best     directory of the best model
         """
         step, worse = self.numbers["best_step"], self.numbers["worse"]
-        if train_loss >= self.numbers["best_train"] or val_loss < 1.002 * lowest or times is not None and times < 1:
+        if train_loss >= self.numbers["best_train"] or val_loss < 1.002 * lowest or 0 < times < 1:
             return ""
         if worse & (worse - 1):                                  # said after 1, 2, 4, 8 ... evaluations
             return ""
         many = f"{worse} evaluations" if worse > 1 else "one evaluation"
-        read = f", which has been read {times:.1f} times" * bool(times)
+        read = f", which has been read {times:.1f} times" * (times > 0)
         return (f"overfitting: for {many} now the validation loss is higher than at step {step}, and the training loss "
                 f"lower, so the model learns by heart the text{read}. {best} keeps the model of step {step}; stop "
                 f"earlier (--steps {step}, or fewer --minutes), give more text, or add --dropout 0.1")

@@ -33,9 +33,9 @@ def show_sizes(cfg, machine, model, train, eval_tokens, mix=()):
 
 def readings_line(readings):
     """How often the texts are read, in words. readings: {name: times}, the main text first."""
-    shown = [f"{times:.{1 if times >= 1 else 2}f} times" for times in readings.values()]
     names = readings if len(readings) > 1 else ["the training text"]
-    return ", ".join(f"{name}{' is read' * (i == 0)} {times}" for i, (name, times) in enumerate(zip(names, shown)))
+    return ", ".join(f"{name} is read {times:.{1 if times >= 1 else 2}f} times"
+                     for name, times in zip(names, readings.values()))
 
 
 def evaluation_line(training, figures):

@@ -177,7 +177,7 @@ def test_overfitting_is_told_once_it_shows():
     assert "for 4 evaluations now" in texts[5] and "read 2.0 times" in texts[5] and "than at step 70" in texts[7]
     assert not any(said([(3, 3.2), (2.9, 3.204)])) and any(said([(3, 3.2), (2.9, 3.21)]))          # less than 0.2 % is noise
     assert not any(said([(3, 3.2), (3.1, 3.4)])) and not any(said([(3, 3.2), (2, 3.4)], times=0.9))
-    assert any(said([(3, 3.2), (2, 3.4)], times=None))                                             # of an unknown text
+    assert any(said([(3, 3.2), (2, 3.4)], times=0))                                                # of an unknown text
 
 
 def test_each_reading_is_marked_where_it_ends():
