@@ -51,6 +51,24 @@ def write_text(path, text):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training and distillation
 
+def training_curve(lines):
+    """(tokens learned after each step, loss of each in bits per byte) of the lines of a log."""
+    end, steps = [l for l in lines if "val_loss" in l][-1], [l for l in lines if "loss" in l]
+    side = "train" if end.get("train_loss") and "train_bits_per_byte" in end else "val"       # logs of earlier versions
+    bits = end[f"{side}_bits_per_byte"] / max(end[f"{side}_loss"], 1e-9)       # per byte, for a nat per token
+    return [l["tokens"] for l in steps], [bits * l["loss"] for l in steps]
+
+
+def validation_curves(lines):
+    """{label: (tokens learned, bits per byte)} of the lines of a log, the main data first."""
+    end, curves = [l for l in lines if "val_loss" in l][-1], {}
+    for key in end:
+        if key.startswith("val_") and key.endswith("bits_per_byte"):
+            name = "validation " + key.removeprefix("val_").removesuffix("bits_per_byte")
+            curves[name.rstrip(" _")] = list(zip(*((l["tokens"], l[key]) for l in lines if key in l)))
+    return curves
+
+
 def picture(out):
     """Draws OUT/loss.png from OUT/log.jsonl: training and validation loss against tokens.
 
@@ -58,29 +76,23 @@ def picture(out):
     """
     figure, ax = new_figure("loss.png")
     lines = read_log(out / "log.jsonl")
-    evaluations, steps = ([l for l in lines if name in l] for name in ("val_bits_per_byte", "loss"))
-    if not figure or not evaluations or not steps:
+    if not figure or not {"val_bits_per_byte", "loss"} <= set().union(*lines):
         return
-    end = evaluations[-1]
-    side = "train" if end.get("train_loss") and "train_bits_per_byte" in end else "val"       # logs of earlier versions
-    bits = end[f"{side}_bits_per_byte"] / max(end[f"{side}_loss"], 1e-9)       # per byte, for a nat per token
-    n, tokens = max(1, len(steps) // 50), [l["tokens"] for l in steps]
-    means = [statistics.fmean(bits * l["loss"] for l in steps[i:i + n]) for i in range(0, len(steps) - n + 1, n)]
-    ax.plot(tokens, [bits * l["loss"] for l in steps], color="0.85", linewidth=0.8, label="training, a step")
-    ax.plot(tokens[n - 1::n], means, "--", color="0.35", linewidth=1.8, label=f"training, mean of {n} steps")
-    curves = [key for key in end if key.startswith("val_") and key.endswith("bits_per_byte")]
-    for key, style in zip(curves, ("o-", "s:", "^:", "D:", "v:")):             # the main data's first: see evaluator
-        points = [(l["tokens"], l[key]) for l in evaluations if key in l]
-        name = key[len("val_"):-len("bits_per_byte")].rstrip("_")
-        ax.plot(*zip(*points), style, color="tab:blue", label=f"validation, {name}".rstrip(", "))
-    mark_readings(ax, end, tokens)
+    (tokens, losses), validation = training_curve(lines), validation_curves(lines)
+    n, label = max(1, len(losses) // 50), "training on all data" if len(validation) > 1 else "training"
+    means = [statistics.fmean(losses[i:i + n]) for i in range(0, len(losses) - n + 1, n)]
+    ax.plot(tokens, losses, color="0.85", linewidth=0.8, label=f"{label}, a step")
+    ax.plot(tokens[n - 1::n], means, "--", color="0.35", linewidth=1.8, label=f"{label}, mean of {n} steps")
+    for (name, points), style in zip(validation.items(), ("o-", "s:", "^:", "D:", "v:")):
+        ax.plot(*points, style, color="tab:blue", label=name)
+    mark_readings(ax, [l for l in lines if "val_loss" in l][-1], tokens)
     # The first steps of a new model would press the rest into a line.
-    shown = means[min(2, len(means) - 1):] + [l[key] for l in evaluations for key in curves if key in l]
+    shown = means[min(2, len(means) - 1):] + [loss for points in validation.values() for loss in points[1]]
     room = 0.1 * (max(shown) - min(shown)) + 0.01
     ax.set_ylim(max(0, min(shown) - room), max(shown) + room)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set(xlabel="tokens learned", ylabel="loss (bits per byte)",
-           title=f"{out.name}: {min(l['val_bits_per_byte'] for l in evaluations):.3f} bits per byte at best")
+           title=f"{out.name}: {min(validation['validation'][1]):.3f} bits per byte at best")
     figure.legend(loc="outside lower center", ncols=3)
     ax.grid(axis="y", alpha=0.3)
     save_figure(figure, out / "loss.png")

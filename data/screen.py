@@ -47,10 +47,11 @@ def evaluation_line(training, figures):
     """
     bits = [f"{training['train_bits_per_byte']:.4f} in training"] if "train_bits_per_byte" in training else []
     bits.append(f"{figures['bits_per_byte']:.4f} in validation")
-    bits += [f"{value:.4f} in validation of {name.removesuffix('_bits_per_byte')}" for name, value in figures.items()
-             if name.endswith("_bits_per_byte")]
-    return (f"loss {training['train_loss']:.4f} in training (mean since the last evaluation), {figures['loss']:.4f} in "
-            f"validation; perplexity {figures['perplexity']:.2f}; bits per byte {', '.join(bits)}")
+    mixed = [name for name in figures if name.endswith("_bits_per_byte")]
+    bits += [f"{figures[name]:.4f} in validation of {name.removesuffix('_bits_per_byte')}" for name in mixed]
+    return (f"loss {training['train_loss']:.4f} in training (mean since the last evaluation"
+            f"{', of all data' * bool(mixed)}), {figures['loss']:.4f} in validation; perplexity "
+            f"{figures['perplexity']:.2f}; bits per byte {', '.join(bits)}")
 
 
 def show_example(machine, tokenizer, batch):

@@ -10,7 +10,7 @@ import distill, sample, train
 from data.checkpoints import find_model
 from data.loader import IGNORE, Windows
 from data.mixture import Mixture, Part
-from data.report import mark_readings
+from data.report import mark_readings, training_curve, validation_curves
 from data.runs import Log, read_log, read_state
 from data.prepare import prepare
 from data.schedule import Trend
@@ -158,6 +158,11 @@ def test_the_training_loss_is_the_mean_since_the_last_evaluation_in_bits_of_the_
     learned = targets[targets != IGNORE].tolist()
     size = len(tokenizer.decode_bytes([i for i in learned if i < 256])) / len(learned)             # end tokens have no bytes
     assert lines[-1]["train_bits_per_byte"] == pytest.approx(lines[-1]["train_loss"] / math.log(2) / size, rel=1e-6)
+    tokens, losses = training_curve(lines)
+    assert len(losses) == 8 and tokens[-1] == lines[-1]["tokens"]
+    assert losses[-1] == pytest.approx(lines[-2]["loss"] / math.log(2) / size, rel=1e-6)
+    curves = validation_curves(lines)
+    assert list(curves) == ["validation", "validation text"] and curves["validation text"][1][1] == lines[-1]["val_text_bits_per_byte"]
     main = mixture.sources[-1]
     assert lines[-1]["times_read"] == pytest.approx(8 * 4 * 0.7 / main.per_epoch)
 
