@@ -41,6 +41,8 @@ class Mixture:
 
     def training_rows(self, seed, first, count):
         """Rows first ... first + count - 1 of the stream of `seed`: a Batch."""
+        if len(self.sources) == 1:
+            return self.sources[0].training_rows(seed, first, count)
         rows = []
         for source, n in map(self.source_of, range(first, first + count)):
             row = source.training_rows(seed, n, 1)
