@@ -31,6 +31,7 @@ from data.files import replacing_file
 from data.labels import LabelledBatch, open_cache
 from data.loader import IGNORE, Windows
 from data.machine import accelerate, in_dtype, set_up, synchronize, to_device
+from data.mixture import Mixture, open_mix
 from data.prepare import prepare
 from data.processes import all_sum, one_voice, say
 from data.runs import SHAPE, check_out, history_entry, is_saved, open_data, read_state, remove, resumed
@@ -83,6 +84,7 @@ LIMITS = dict(hard_weight=(0, 1), on_policy=(0, 1), beta=(0.001, 0.999), tempera
 ONLINE = ("hidden", "attention_weight", "on_policy")             # terms that need both models in every step
 CONFLICTS = {"exits": (*ONLINE, "cache", "control", "student", "from_samples"),
              "from_samples": (*ONLINE, "cache", "control", "student"),
+             "mix": ("cache", "pool", "from_samples"),           # these choose or write windows of one text
              "fsdp": ("attention_weight", "on_policy")}          # they use a block outside of its forward()
 
 
@@ -539,7 +541,7 @@ def fine_tune(model, tokenizer, step, entry, args, make_loss, steps, evaluated=l
         print(f"{step.name}: {score(evaluated(student))['bits_per_byte']:.4f} bits per byte of validation without "
               "training", flush=True)
     train.fit(student, batches, loss_fn, cfg, machine, evaluate=lambda student: score(evaluated(student)),
-              tokenizer=tokenizer, entry=entry, reading=windows.per_epoch * context, after_step=keep_zeros(model))
+              tokenizer=tokenizer, entry=entry, reading=Mixture(windows).readings(), after_step=keep_zeros(model))
     trained = copy.deepcopy(load(run_dir / "best"))              # the memory-mapped file is about to be removed
     return trained, trained.history.pop()
 
@@ -625,8 +627,8 @@ def rows_to_learn(cfg, teacher, teacher_hash, student, windows, plain, tokenizer
         step_cost = lambda: step_seconds(student, plain, train.cross_entropy, cfg, machine)
         cache, pool = open_cache(cfg, distributions, teacher_hash, windows, tokenizer, machine, step_cost)
         return lambda first, count: cache.rows(pool, cfg.seed, first, count, cfg.hard_weight), cache.header["seconds"]
-    pool = windows.subset(cfg.pool // cfg.context, cfg.seed) if cfg.pool else windows
-    text = lambda first, count: pool.training_rows(cfg.seed, first, count)
+    pool = windows.subset(cfg.pool // cfg.context, cfg.seed) if cfg.pool else None
+    text = plain if pool is None else lambda first, count: pool.training_rows(cfg.seed, first, count)
     if cfg.on_policy:
         return lambda first, count: on_policy_rows(text(first, count), first, student, tokenizer, cfg, machine), 0.0
     return text, 0.0
@@ -650,7 +652,8 @@ def main(argv=None):
     if cfg.resume:
         student = train.model_to_train(cfg, given, tokenizer, machine)
     windows, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
-    entry = history_entry(cfg, windows.meta, tokenizer, student)
+    mix = open_mix(cfg, directory, tokenizer)
+    entry = history_entry(cfg, windows.meta, tokenizer, student, mix)
     if cfg.resume and entry.get("teacher", {}).get("sha256") != teacher_entry["sha256"]:
         raise UserError(f"the teacher in {cfg.teacher} is not the one that the run in {cfg.out} began with")
     if not cfg.resume:
@@ -665,14 +668,15 @@ def main(argv=None):
         loss_fn = Exits(student.exits, tokenizer.vocab_size, cfg)
     else:
         loss_fn = Distillation(teacher, student, layers, tokenizer.vocab_size, cfg).to(machine.device)
-    plain = lambda first, count: windows.training_rows(cfg.seed, first, count)
+    stream = Mixture(windows, mix)
+    plain = lambda first, count: stream.training_rows(cfg.seed, first, count)
     # With a cache the teacher has no part in a step.
     machine = train.tuned(machine, cfg, student, plain, train.cross_entropy if cfg.cache else loss_fn)
     batches, cached = rows_to_learn(cfg, teacher, teacher_entry["sha256"], student, windows, plain, tokenizer, machine)
     if not cfg.resume:                                           # making the cache is a part of the time budget
         cfg.minutes -= min(cached / 60, 0.9 * cfg.minutes)
-    common = dict(evaluate=train.evaluator(val, cfg, machine, tokenizer), tokenizer=tokenizer,
-                  eval_cost=train.evaluation_size(val, cfg)[1], reading=windows.per_epoch * cfg.context)
+    common = dict(evaluate=train.evaluator(val, cfg, machine, tokenizer, mix), tokenizer=tokenizer,
+                  eval_cost=train.evaluation_size(val, cfg, mix)[1], reading=stream.readings())
     if cfg.control and not cfg.control_steps:
         plan_both(cfg, entry, machine, student, ((batches, loss_fn), (plain, train.cross_entropy)), common["eval_cost"],
                   cached)

@@ -4,6 +4,7 @@
     python train.py --data NAME_OR_DIR --out DIR           # on data prepared by data/prepare.py
     python train.py --out DIR --resume                     # continues a run, bit for bit
     python train.py --data NAME_OR_DIR --init-from DIR --out DIR2                # fine-tuning
+    python train.py --data faq --mix stdlib:0.3 --init-from out --out out-faq    # forgets less
     torchrun --nproc_per_node 8 train.py --batch-size 64   # data parallel; with --fsdp, sharded
 
 A run's directory holds two models, best/ (lowest validation loss) and last/ (with the state that
@@ -25,6 +26,7 @@ from data.checkpoints import find_model, tokenizer_of
 from data.console import flags_of, run
 from data.loader import IGNORE, Windows
 from data.machine import DTYPES, accelerate, fastest, in_dtype, in_turns, prepared, require_memory, set_up, to_device
+from data.mixture import Mixture, open_mix
 from data.processes import (agree, all_sum, clip_gradients, local_part, on_whole_matrices, one_voice, summed_gradients,
                             unsharded)
 from data.report import picture
@@ -43,6 +45,7 @@ class TrainConfig:
     """Settings of a training run. Each field is a flag; the comment is the --help text."""
     # files
     data: str = "stdlib"            # prepared data: a name under data/, or a directory
+    mix: str = ""                   # a share of the windows from other data: NAME_OR_DIR:SHARE, several with commas
     out: str = "out"                # the run's directory: best/, last/, log.jsonl, loss.png
     resume: bool = False            # continue from OUT/last with the settings of that run
     init_from: str = ""             # start from this model directory instead of random weights (fine-tuning)
@@ -369,8 +372,8 @@ def train_step(step, forward, batches, optimizers, scaler, cfg, machine):
     return loss, int(count), norm, metrics
 
 
-def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, eval_cost=0.0, reading=0,
-        after_step=None):
+def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, eval_cost=0.0, reading=None,
+        bytes_per_token=0.0, after_step=None):
     """Trains `model` in place and saves the run in cfg.out. Returns the last evaluation's figures.
 
     batches(first, count)    rows first ... first + count - 1 of the training stream, as a Batch
@@ -380,7 +383,9 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     evaluate(model)          dict of figures; best/ has the lowest "loss"
     entry                    history entry of this run, a dict: saved with the model and the figures
     eval_cost                cost of one evaluation in training steps, to plan the time budget
-    reading                  tokens of the training text, to print how often the text is read
+    reading                  {name of a text: tokens of training in which it is read once}, to print
+                             how often it is read; the main text first
+    bytes_per_token          mean bytes of a learned token, to log the training loss in bits per byte
     after_step(model)        called after each optimizer step, for example to re-apply pruning masks
 
     Random numbers depend on (seed, step) only: a resumed run is the uninterrupted run, bit for bit.
@@ -388,7 +393,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     """
     check_activations(model, cfg, machine)
     agree(machine, {**dataclasses.asdict(cfg), **entry})
-    run = Run(model, loss_fn, cfg, machine, save, tokenizer, entry, eval_cost, reading)
+    run = Run(model, loss_fn, cfg, machine, save, tokenizer, entry, eval_cost, reading or {}, bytes_per_token)
     accelerate(model, cfg.native, globals())                     # globals(): softmax_gradient of this file, too
     forward = ModelAndLoss(model, loss_fn)
     forward = prepared(forward, lambda: batches(0, rows_at_once(cfg, machine)), cfg, machine)
@@ -500,24 +505,31 @@ def new_model(cfg, tokenizer, machine):
     return Transformer(config).initialize(torch.Generator().manual_seed(cfg.seed))
 
 
-def evaluation_size(val, cfg):
-    """(validation tokens of one evaluation, its cost in training steps)."""
-    tokens = min(max(cfg.eval_tokens, cfg.context) if cfg.eval_tokens else math.inf, len(val.tokens))
-    return tokens, tokens / (cfg.batch_size * cfg.context) / 3           # without a backward pass: a third
+def evaluation_size(val, cfg, mix=()):
+    """(tokens of `val` in one evaluation, cost of one in training steps, with the Parts `mix`)."""
+    most = max(cfg.eval_tokens, cfg.context) if cfg.eval_tokens else math.inf
+    tokens = [min(most, len(windows.tokens)) for windows in (val, *(part.val for part in mix))]
+    return tokens[0], sum(tokens) / (cfg.batch_size * cfg.context) / 3   # without a backward pass: a third
 
 
-def evaluator(val, cfg, machine, tokenizer):
-    """evaluate(model) for fit: figures on the Windows `val`; each process scores a share."""
-    def own_batches():
-        batches = val.evaluation_batches(max(1, 8192 // cfg.context), cfg.eval_tokens)
+def evaluator(val, cfg, machine, tokenizer, mix=()):
+    """evaluate(model) for fit: figures on the Windows `val`; each process scores a share.
+
+    The figures of the Parts in `mix` stand beside them, with NAME_ before the key.
+    """
+    def own_batches(windows):
+        batches = windows.evaluation_batches(max(1, 8192 // cfg.context), cfg.eval_tokens)
         while turn := list(itertools.islice(batches, machine.size)):     # sharded blocks need all processes, so some
             empty = turn[0]._replace(targets=torch.full_like(turn[0].targets, IGNORE))       # may score an empty batch
             yield (turn + [empty] * machine.size)[machine.rank]
 
     def evaluate(model):
-        with in_dtype(machine):
-            sums = sample.score(model, own_batches(), tokenizer.token_bytes())
-        return sample.figures(*all_sum(machine, sums))
+        result = {}
+        for prefix, windows in (("", val), *((part.name + "_", part.val) for part in mix)):
+            with in_dtype(machine):
+                sums = sample.score(model, own_batches(windows), tokenizer.token_bytes())
+            result.update({prefix + name: x for name, x in sample.figures(*all_sum(machine, sums)).items()})
+        return result
     return evaluate
 
 
@@ -546,16 +558,18 @@ def main(argv=None):
     tokenizer = Tokenizer.load(directory)
     model = model_to_train(cfg, given, tokenizer, machine)
     train, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
-    entry = history_entry(cfg, train.meta, tokenizer, model)
-    batches = lambda first, count: train.training_rows(cfg.seed, first, count)
-    eval_tokens, eval_cost = evaluation_size(val, cfg)
-    show_sizes(cfg, machine, model, train, eval_tokens)
+    mix = open_mix(cfg, directory, tokenizer)
+    stream = Mixture(train, mix)
+    entry = history_entry(cfg, train.meta, tokenizer, model, mix)
+    batches = lambda first, count: stream.training_rows(cfg.seed, first, count)
+    eval_tokens, eval_cost = evaluation_size(val, cfg, mix)
+    show_sizes(cfg, machine, model, train, eval_tokens, mix)
     if train.mask is not None:
         show_example(machine, tokenizer, batches(0, 1))
     machine = tuned(machine, cfg, model, batches, cross_entropy)
-    fit(model, batches, cross_entropy, cfg, machine, evaluate=evaluator(val, cfg, machine, tokenizer),
-        tokenizer=tokenizer, entry=entry, eval_cost=eval_cost,
-        reading=train.per_epoch * cfg.context)
+    fit(model, batches, cross_entropy, cfg, machine, evaluate=evaluator(val, cfg, machine, tokenizer, mix),
+        tokenizer=tokenizer, entry=entry, eval_cost=eval_cost, reading=stream.readings(),
+        bytes_per_token=stream.bytes_per_token(tokenizer.token_bytes(), cfg.seed))
     if machine.rank == 0:
         picture(Path(cfg.out))
         show_scale(cfg, tokenizer, val)

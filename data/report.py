@@ -51,26 +51,65 @@ def write_text(path, text):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training and distillation
 
+def training_curve(lines):
+    """(tokens learned after each step, loss of each in bits per byte) of the lines of a log."""
+    end, steps = [l for l in lines if "val_loss" in l][-1], [l for l in lines if "loss" in l]
+    side = "train" if end.get("train_loss") and "train_bits_per_byte" in end else "val"       # logs of earlier versions
+    bits = end[f"{side}_bits_per_byte"] / max(end[f"{side}_loss"], 1e-9)       # per byte, for a nat per token
+    return [l["tokens"] for l in steps], [bits * l["loss"] for l in steps]
+
+
+def validation_curves(lines):
+    """{label: (tokens learned, bits per byte)} of the lines of a log, the main data first."""
+    end, curves = [l for l in lines if "val_loss" in l][-1], {}
+    for key in end:
+        if key.startswith("val_") and key.endswith("bits_per_byte"):
+            name = "validation " + key.removeprefix("val_").removesuffix("bits_per_byte")
+            curves[name.rstrip(" _")] = list(zip(*((l["tokens"], l[key]) for l in lines if key in l)))
+    return curves
+
+
 def picture(out):
-    """Draws OUT/loss.png from OUT/log.jsonl: training and validation loss against tokens."""
+    """Draws OUT/loss.png from OUT/log.jsonl: training and validation loss against tokens.
+
+    Both are in bits per byte of the learned text. A vertical line stands where a reading of it ends.
+    """
     figure, ax = new_figure("loss.png")
     lines = read_log(out / "log.jsonl")
-    train = [(l["tokens"], l["loss"]) for l in lines if "loss" in l]
-    val = [(l["tokens"], l["val_loss"]) for l in lines if "val_loss" in l]
-    if not figure or not val:
+    if not figure or not {"val_bits_per_byte", "loss"} <= set().union(*lines):
         return
-    ax.plot(*zip(*train), color="0.85", linewidth=0.8, label="training, a step")
-    n = max(1, len(train) // 50)
-    smooth = [(train[i + n - 1][0], statistics.fmean(l for _, l in train[i:i + n]))
-              for i in range(0, len(train) - n + 1, n)]
-    ax.plot(*zip(*smooth), color="0.4", label=f"training, mean of {n}")
-    ax.plot(*zip(*val), "o-", color="tab:blue", label="validation")
-    ax.set(xlabel="tokens learned", ylabel="loss (nats per token)",
-           title=f"{out.name}: validation loss {val[-1][1]:.3f}")
-    ax.set_ylim(min(l for _, l in (*train, *val)) - 0.1, None)
-    ax.legend(loc="upper right")
-    ax.grid(alpha=0.3)
+    (tokens, losses), validation = training_curve(lines), validation_curves(lines)
+    n, label = max(1, len(losses) // 50), "training on all data" if len(validation) > 1 else "training"
+    means = [statistics.fmean(losses[i:i + n]) for i in range(0, len(losses) - n + 1, n)]
+    ax.plot(tokens, losses, color="0.85", linewidth=0.8, label=f"{label}, a step")
+    ax.plot(tokens[n - 1::n], means, "--", color="0.35", linewidth=1.8, label=f"{label}, mean of {n} steps")
+    for (name, points), style in zip(validation.items(), ("o-", "s:", "^:", "D:", "v:")):
+        ax.plot(*points, style, color="tab:blue", label=name)
+    mark_readings(ax, [l for l in lines if "val_loss" in l][-1], tokens)
+    # The first steps of a new model would press the rest into a line.
+    shown = means[min(2, len(means) - 1):] + [loss for points in validation.values() for loss in points[1]]
+    room = 0.1 * (max(shown) - min(shown)) + 0.01
+    ax.set_ylim(max(0, min(shown) - room), max(shown) + room)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.set(xlabel="tokens learned", ylabel="loss (bits per byte)",
+           title=f"{out.name}: {min(validation['validation'][1]):.3f} bits per byte at best")
+    figure.legend(loc="outside lower center", ncols=3)
+    ax.grid(axis="y", alpha=0.3)
     save_figure(figure, out / "loss.png")
+
+
+def mark_readings(ax, end, tokens):
+    """Draws a thin vertical line where a reading of the text ends; of more than 20, at every few.
+
+    end      the last evaluation's line of the log
+    tokens   learned after each step
+    """
+    times = end.get("times_read", 0)
+    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10 ** 9) if times / n <= 20)
+    ends = [round(end["step"] * n / times) for n in range(every, int(times) + 1, every)]                 # in steps
+    for i, step in enumerate(ends):
+        ax.axvline(tokens[min(max(step, 1), len(tokens)) - 1], color="0.65", linewidth=0.7, zorder=0,
+                   label=f"the text is read {'again' if every == 1 else f'{every} times more'}" if i == 0 else None)
 
 
 DISTILLATION = (("parameters", "parameters", "{:,}"), ("bits per byte", "bits_per_byte", "{:.4f}"),

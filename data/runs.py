@@ -15,12 +15,13 @@ from data.loader import read_meta
 from data.machine import products_rate, synchronize
 from data.prepare import find, prepare
 from data.processes import all_sum, gathered, launch, local_part, say, sharded_like
-from data.schedule import evaluations, is_due, is_falling, new_origin, plan
+from data.schedule import Trend, evaluations, is_due, is_falling, new_origin, plan
+from data.screen import evaluation_line, readings_line
 from data.tokenizer import Tokenizer
 from data.values import check_values
 
 SHAPE = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "tie")               # settings of a new model only
-FIXED = (*SHAPE, "preset", "data", "init_from", "vocab_size", "context", "batch_size", "optimizer", "seed")   # of a run
+FIXED = (*SHAPE, *"preset data mix init_from vocab_size context batch_size optimizer seed".split())      # of a run
 
 
 class Run:
@@ -33,17 +34,18 @@ class Run:
     origin          see data/schedule.py
     figures         of the last evaluation
     """
-    def __init__(self, model, loss_fn, cfg, machine, save_model, tokenizer, entry, eval_cost, reading):
+    def __init__(self, model, loss_fn, cfg, machine, save_model, tokenizer, entry, eval_cost, reading,
+                 bytes_per_token):
         self.model, self.loss_fn, self.cfg, self.machine = model, loss_fn, cfg, machine
-        self.save_model, self.tokenizer, self.eval_cost, self.reading = save_model, tokenizer, eval_cost, reading
+        self.save_model, self.tokenizer, self.eval_cost = save_model, tokenizer, eval_cost
+        self.reading, self.bytes_per_token = reading, bytes_per_token
         self.out, self.positions = Path(cfg.out), cfg.batch_size * cfg.context
         self.entry, self.parents = dict(entry), list(model.history)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.step, self.total, self.seconds, self.tokens = 0, cfg.steps, 0.0, 0
         self.best, self.origin, self.figures = math.inf, (0, 0.0), {}
         self.durations, self.overflows, self.saves = collections.deque(maxlen=100), 0, int(cfg.resume)
-        self.since = collections.Counter()               # steps, seconds, loss and tokens since the last evaluation
-        self.previous = math.inf, math.inf               # training and validation loss at the last evaluation
+        self.since, self.trend = collections.Counter(), Trend()              # since: steps and seconds, as in Trend
         self.state, self.replay = None, {}               # of a resumed run: training_state.pt; {step: lost log line}
         if cfg.resume:
             self.restore(read_state(self.out))
@@ -56,6 +58,7 @@ class Run:
                            if line["step"] > state["step"]}
         self.origin, self.step, self.total = tuple(state["origin"]), state["step"], cfg.steps or state["total"]
         self.seconds, self.tokens, self.best = state["seconds"], state["tokens"], state["best"]
+        self.trend.numbers.update(state["trend"])
         self.scaler.load_state_dict(state["scaler"])
         if isinstance(self.loss_fn, nn.Module):
             self.loss_fn.load_state_dict(state["loss"])
@@ -90,9 +93,11 @@ class Run:
     def say_readings(self):
         """Prints how often the run reads the training text."""
         if self.reading:
-            times = self.total * self.positions / self.reading
-            say(self.machine,
-                f"{self.total:,} steps: the training text is read {times:.{1 if times >= 1 else 2}f} times")
+            say(self.machine, f"{self.total:,} steps: {readings_line(self.readings(self.total))}")
+
+    def readings(self, steps):
+        """{name: how often that text has been read} after a number of steps, the main text first."""
+        return {name: steps * self.positions / tokens for name, tokens in self.reading.items()}
 
     def is_finished(self):
         """Whether all steps are done."""
@@ -137,11 +142,13 @@ class Run:
         if self.step + 1 not in self.replay and (sentence := machine.threads.note(duration)):
             say(machine, f"step {self.step}: {sentence}")
         loss, speed = loss / max(count, 1), self.positions / duration
-        self.since.update(steps=1, seconds=duration, loss=loss * count, tokens=count)
+        self.since.update(steps=1, seconds=duration)
+        self.trend.add(loss * count, count)
         self.log.write(step=self.step, loss=loss, lr=rate, grad_norm=norm, tokens=self.tokens,
                        seconds=round(self.seconds, 3), tokens_per_second=round(speed), total=self.total,
                        threads=self.threads, **{k: v / max(count, 1) for k, v in metrics.items()})
-        text = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
+        val = f" in training, {self.figures['loss']:.3f} in validation" if self.figures else ""
+        text = f"loss {loss:.3f}{val}, {speed:,.0f} tokens/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.bar.disable and time.perf_counter() - self.last_line > 30:   # a file or a pipe gets lines instead
@@ -182,21 +189,21 @@ class Run:
         self.seconds += time.perf_counter() - self.eval_start
         if not math.isfinite(figures["loss"]):
             self.diverged("validation loss")
-        val = {"val_" + k: v for k, v in figures.items()}
-        self.log.write(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 3), **val)
-        speed, train_loss = since["steps"] * self.positions / since["seconds"], since["loss"] / max(1, since["tokens"])
+        val, improved = {"val_" + k: v for k, v in figures.items()}, figures["loss"] < self.best
+        training = {"train_loss": self.trend.turn(self.step, improved)}
+        if self.bytes_per_token:
+            training["train_bits_per_byte"] = training["train_loss"] / math.log(2) / self.bytes_per_token
+        if times := next(iter(self.readings(self.step).values()), 0.0):
+            training["times_read"] = times
+        self.log.write(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 3), **training, **val)
+        speed = since["steps"] * self.positions / since["seconds"]
         since.clear()
         busy = 3 * self.model.flops_per_token(cfg.context) * speed / self.matmul[0] / machine.size
-        say(machine, f"step {self.step} of {self.total}, {self.seconds:.0f} s: loss {train_loss:.4f} in training, "
-            f"{figures['loss']:.4f} in validation, perplexity {figures['perplexity']:.2f}, "
-            f"{figures['bits_per_byte']:.4f} bits per byte; {speed:,.0f} tokens/s" +
-            f", {busy:.0%} of the matmul rate" * (machine.threads.count == self.matmul[1]))
-        if figures["loss"] > self.previous[1] and train_loss < self.previous[0]:
-            say(machine, "the validation loss rises while the training loss falls: the model learns its text by "
-                f"heart. {self.out / 'best'} keeps the model with the lowest validation loss; more text, fewer steps "
-                "or --dropout 0.1 help")
-        self.previous = train_loss, figures["loss"]
-        improved, self.best = figures["loss"] < self.best, min(self.best, figures["loss"])
+        say(machine, f"step {self.step} of {self.total}, {self.seconds:.0f} s: {evaluation_line(training, figures)}; "
+            f"{speed:,.0f} tokens/s" + f", {busy:.0%} of the matmul rate" * (machine.threads.count == self.matmul[1]))
+        self.best = min(self.best, figures["loss"])
+        if warning := self.trend.warning(training["train_loss"], figures["loss"], self.best, times, self.out / "best"):
+            say(machine, warning)
         self.save("last", **val)                         # first: see finish_saves
         if improved:
             self.save("best", **val)
@@ -226,7 +233,8 @@ class Run:
                     scaler=self.scaler.state_dict(), config=dataclasses.asdict(self.cfg), launch=launch(),
                     optimizers=[gathered(optimizer.state_dict(), machine) for optimizer in self.optimizers],
                     loss=gathered(loss.state_dict(), machine) if isinstance(loss, nn.Module) else {},
-                    origin=list(self.origin), threads=machine.threads.count, dtype=str(machine.dtype)[6:])
+                    origin=list(self.origin), threads=machine.threads.count, dtype=str(machine.dtype)[6:],
+                    trend=self.trend.numbers)
 
     def stop_if_asked(self):
         """Ends the run after a Ctrl-C, once last/ is saved. Raises KeyboardInterrupt."""
@@ -361,8 +369,8 @@ def read_log(path):
 
 STATE = {"step": (int, 0, 2 ** 48), "total": (int, 0, 2 ** 48), "tokens": (int, 0, 2 ** 62),
          "seconds": (float, 0, 1e12), "best": (float,), "optimizers": ([dict],), "scaler": (dict,), "config": (dict,),
-         "loss": (dict,), "threads": (int, 0, 2 ** 20), "dtype": (str,), "launch": (str,)}
-ADDED = {"launch": "", "origin": (0, 0.0), "threads": 0, "dtype": ""}        # earlier versions did not save these
+         "loss": (dict,), "threads": (int, 0, 2 ** 20), "dtype": (str,), "launch": (str,), "trend": (dict,)}
+ADDED = {"launch": "", "origin": (0, 0.0), "threads": 0, "dtype": "", "trend": {}}    # of no earlier version
 
 
 def read_state(out):
@@ -371,6 +379,7 @@ def read_state(out):
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         check_values(state, STATE, file, needed=[name for name in STATE if name not in ADDED])
+        check_values(state.get("trend", {}), dict.fromkeys(Trend().numbers, (float,)), file)
         return {**ADDED, **state}
     except FileNotFoundError:
         raise UserError(f"{file.parent} has no training_state.pt, so it cannot be resumed: start a new run with "
@@ -396,9 +405,9 @@ def resumed(cfg, given):
     if "minutes" in given:
         raise UserError("--minutes plans a new run; to go on beyond this one's last step give --steps")
     for name in FIXED:
-        if name in given and getattr(cfg, name) != stored[name]:
+        if name in given and getattr(cfg, name) != stored.get(name, ""):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but the run in {cfg.out} has "
-                            f"{stored[name]}: leave the flag out, or give another --out")
+                            f"{stored.get(name) or 'none'}: leave the flag out, or give another --out")
     return type(cfg)(**{**stored, **{name: getattr(cfg, name) for name in given}, "out": cfg.out, "resume": True,
                         "fsdp": cfg.fsdp})
 
@@ -470,19 +479,21 @@ def open_data(cfg, given, machine):
     return directory
 
 
-def history_entry(cfg, meta, tokenizer, model):
+def history_entry(cfg, meta, tokenizer, model, mix=()):
     """The history entry of this run. Raises UserError if the data of a resumed run has changed."""
+    mixed = [{"data": part.name, "data_sha256": part.sha256, "share": float(part.share)} for part in mix]
     if cfg.resume:
         entry = model.history[-1] if model.history else {}
         if "data_sha256" not in entry:
             raise UserError(f"the model in {cfg.out} does not say what it learned: start a new run with --init-from "
                             f"{cfg.out}")
-        if entry["data_sha256"] != meta["sha256"]:
-            raise UserError(f"the data {cfg.data} is not what this run began with: prepare that again, or start a new "
+        changed = cfg.data if entry["data_sha256"] != meta["sha256"] else f"of --mix {cfg.mix}"
+        if changed == cfg.data or entry.get("mix", []) != mixed:
+            raise UserError(f"the data {changed} is not what this run began with: prepare that again, or start a new "
                             f"run with --init-from {cfg.out}")
         return {k: v for k, v in entry.items() if not k.startswith("val_")}
     entry = {"step": "train", "data": meta["name"], "data_sha256": meta["sha256"], "tokenizer": tokenizer.hash[:16],
-             "seed": cfg.seed, "batch_size": cfg.batch_size, "context": cfg.context}
+             "seed": cfg.seed, "batch_size": cfg.batch_size, "context": cfg.context, **({"mix": mixed} if mix else {})}
     if cfg.init_from:
         entry["parent"] = {"name": model_name(cfg.init_from), "sha256": checkpoint_hash(cfg.init_from)}
     return entry

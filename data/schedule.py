@@ -1,4 +1,5 @@
-"""Progress of a run: the schedule, the evaluations, and the number of steps that fit a time budget.
+"""Progress of a run: the schedule, the evaluations, the number of steps that fit a time budget, and
+the training loss beside the validation loss.
 
 A time budget is converted to steps after the first PLANNED steps, and again just before the
 learning rate decays: while the rate is constant, runs of any length are the same. During the decay
@@ -62,3 +63,49 @@ def plan(step, total, seconds, step_seconds, eval_cost, cfg, machine, origin=Non
         return total
     say(machine, f"step {step}: {cfg.minutes:g} minutes are {steps:,} steps of {1000 * step_seconds:.0f} ms")
     return steps
+
+
+class Trend:
+    """Training loss beside validation loss, evaluation after evaluation, in nats per learned token.
+
+    Of `numbers`, which training_state.pt keeps: loss and tokens are sums since the last evaluation;
+    best_step and best_train, step and training loss of the best evaluation; worse, the number of
+    evaluations since.
+    """
+    def __init__(self):
+        self.numbers = dict(loss=0.0, tokens=0, best_step=0, best_train=0.0, worse=0)
+
+    def add(self, loss, tokens):
+        """Counts a step: the loss, summed over so many learned tokens."""
+        self.numbers["loss"] += loss
+        self.numbers["tokens"] += tokens
+
+    def turn(self, step, improved):
+        """Ends an interval with an evaluation: returns the mean training loss since the last one."""
+        numbers = self.numbers
+        train_loss = numbers["loss"] / max(1, numbers["tokens"])
+        numbers.update(loss=0.0, tokens=0, worse=numbers["worse"] + 1)
+        if improved:
+            numbers.update(best_step=step, best_train=train_loss, worse=0)
+        return train_loss
+
+    def warning(self, train_loss, val_loss, lowest, times, best):
+        """A sentence on a text that is learned by heart; "" while nothing shows that.
+
+        The training loss is then lower than at the best evaluation, and the validation loss higher,
+        by 0.2 % (less is noise), of a text that has been read more than once.
+
+        lowest   validation loss so far
+        times    how often the text has been read; 0: not known
+        best     directory of the best model
+        """
+        step, worse = self.numbers["best_step"], self.numbers["worse"]
+        if train_loss >= self.numbers["best_train"] or val_loss < 1.002 * lowest or 0 < times < 1:
+            return ""
+        if worse & (worse - 1):                                  # said after 1, 2, 4, 8 ... evaluations
+            return ""
+        many = f"{worse} evaluations" if worse > 1 else "one evaluation"
+        read = f", which has been read {times:.1f} times" * (times > 0)
+        return (f"overfitting: for {many} now the validation loss is higher than at step {step}, and the training loss "
+                f"lower, so the model learns by heart the text{read}. {best} keeps the model of step {step}; stop "
+                f"earlier (--steps {step}, or fewer --minutes), give more text, or add --dropout 0.1")

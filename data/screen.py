@@ -8,12 +8,18 @@ from data.loader import IGNORE, LEARNED
 from data.processes import say
 
 
-def show_sizes(cfg, machine, model, train, eval_tokens):
-    """Prints the sizes of data, model, steps and evaluations. train: Windows of the split."""
+def show_sizes(cfg, machine, model, train, eval_tokens, mix=()):
+    """Prints the sizes of data, model, steps and evaluations.
+
+    train: Windows of the split; mix: Parts of data/mixture.py
+    """
     c, meta = model.config, train.meta
     sizes = meta["splits"]
     say(machine, f"data {meta['name']}: {sizes['train']['tokens']:,} training tokens of "
         f"{sizes['train']['bytes'] / max(1, sizes['train']['tokens']):.2f} bytes, vocabulary {meta['vocab_size']:,}")
+    for part in mix:
+        say(machine, f"mixed in: {part.name} in {float(part.share):.0%} of the windows, with "
+            f"{len(part.train.tokens):,} training and {len(part.val.tokens):,} validation tokens")
     say(machine, f"model: {model.parameters_count():,} parameters; {c.num_hidden_layers} layers of width "
         f"{c.hidden_size}, {c.num_attention_heads} heads, MLP of {c.intermediate_size}, window of "
         f"{c.max_position_embeddings}")
@@ -23,6 +29,29 @@ def show_sizes(cfg, machine, model, train, eval_tokens):
         say(machine, f"{train.long:,} examples exceed the window of {cfg.context} tokens: they are split into pieces, "
             "each read behind half a window of context" +
             f"; {train.unread:,} prompts alone exceed it" * bool(train.unread))
+
+
+def readings_line(readings):
+    """How often the texts are read, in words. readings: {name: times}, the main text first."""
+    names = readings if len(readings) > 1 else ["the training text"]
+    return ", ".join(f"{name} is read {times:.{1 if times >= 1 else 2}f} times"
+                     for name, times in zip(names, readings.values()))
+
+
+def evaluation_line(training, figures):
+    """Training beside validation, in words.
+
+    training   "train_loss", the mean over the steps since the last evaluation, and perhaps
+               "train_bits_per_byte"
+    figures    of the validation: see train.evaluator
+    """
+    bits = [f"{training['train_bits_per_byte']:.4f} in training"] if "train_bits_per_byte" in training else []
+    bits.append(f"{figures['bits_per_byte']:.4f} in validation")
+    mixed = [name for name in figures if name.endswith("_bits_per_byte")]
+    bits += [f"{figures[name]:.4f} in validation of {name.removesuffix('_bits_per_byte')}" for name in mixed]
+    return (f"loss {training['train_loss']:.4f} in training (mean since the last evaluation"
+            f"{', of all data' * bool(mixed)}), {figures['loss']:.4f} in validation; perplexity "
+            f"{figures['perplexity']:.2f}; bits per byte {', '.join(bits)}")
 
 
 def show_example(machine, tokenizer, batch):
