@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError, checkpoints, hub
+from data import UserError, adapters, checkpoints, hub
 from data.console import say_once
 from data.files import MODEL, disk_full, replacing, sync, write_json
 from data.rotary import ENDING, ROPE, scaled_frequencies
@@ -655,14 +655,16 @@ def load(path, device="cpu", dtype=None, finite=True):
     scales of quantized layers are never converted. finite=True refuses values that are infinite or
     not a number. For that the whole file is read, a fifth of the time to the first token; with
     finite=False the caller looks at the first logits. Raises UserError for a missing, unknown or
-    misshapen tensor, a truncated file, an unknown family or kind of layer.
+    misshapen tensor, a truncated file, an unknown family or kind of layer. An adapter (data/adapters.py)
+    is merged into its base model.
     """
-    directory = checkpoints.find_model(path)
-    checkpoints.refuse_adapters(directory)
+    given = checkpoints.find_model(path)
+    directory = adapters.base_of(given)               # another one, if an adapter is given
+    checkpoints.refuse_companions(directory)
     settings = hub.read_config(directory)
     with checkpoints.config_to_blame(directory):
         config = Config(**hub.config_from_hub(settings, Config))
-    tensors = checkpoints.read_tensors(directory)
+    tensors, merged = adapters.merged(checkpoints.read_tensors(directory), given, config, settings)
     with checkpoints.config_to_blame(directory):
         if config.num_hidden_layers > len(tensors):
             raise UserError(f"there are {config.num_hidden_layers:,} layers, but the file of weights holds only "
@@ -678,7 +680,7 @@ def load(path, device="cpu", dtype=None, finite=True):
     checkpoints.check_tensors(model, tensors, directory, finite)
     model.load_state_dict(tensors, strict=False, assign=True)    # strict: check_tensors
     model.tie_weights()
-    model.history, model.exits = settings.get("history") or [], settings.get("exits") or []
+    model.history, model.exits = (settings.get("history") or []) + merged, settings.get("exits") or []
     config.hub.update(card=checkpoints.front_matter(directory / "README.md"),
                       sampling=checkpoints.sampling_settings(directory))
     return model.to(device=device, dtype=dtype).eval()

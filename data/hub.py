@@ -288,7 +288,7 @@ def config_from_hub(hub, config_class):
     fields = dict(num_key_value_heads=values["num_attention_heads"], intermediate_size=4 * values["hidden_size"],
                   head_dim=values["hidden_size"] // values["num_attention_heads"],
                   max_position_embeddings=family.defaults["max_position_embeddings"])
-    fields.update({k: values[k] for k in COPIED if k in values})
+    fields.update({k: values[k] for k in COPIED if k in values and k not in family.unnamed})
     rope = dict(ROPE) if "rope" in switches else rope_from_hub(values, family, fields["max_position_embeddings"])
     if rope["rope_type"] == "longrope":               # the long factors begin behind the first window: we end there
         fields["max_position_embeddings"] = min(fields["max_position_embeddings"],

@@ -207,7 +207,7 @@ def test_names_of_wrapped_models(written, wrap):
         load(written)
 
 
-@pytest.mark.parametrize("name, says", [("adapter_config.json", "merge it"), ("adapter_model.safetensors", "an adapter"),
+@pytest.mark.parametrize("name, says", [("adapter_config.json", "merge it"), ("adapter_model.safetensors", "without its"),
                                         ("quantize_config.json", "settings of quantized weights")])
 def test_adapters_and_quantization_settings_are_refused_by_name(written, name, says):
     (written / name).write_text("{}", encoding="utf-8")
