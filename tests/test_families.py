@@ -1,9 +1,12 @@
 """The families that came later: logits, tokenizers, files and steps, against transformers on tiny random models."""
+import numpy as np
 import pytest
 import torch
 
+from data import UserError, export
 from data.hub import FAMILIES
 from data.machine import accelerate
+from data.tokenizer import Tokenizer
 from model import KVCache, load, save
 from test_model import CASES as OLDER, randomize, same
 
@@ -37,12 +40,13 @@ CASES = {
 }
 
 
-def reference(case, directory, seed=0):
+def reference(case, directory, **changes):
     """A random model of transformers, saved in `directory`."""
     transformers = pytest.importorskip("transformers")
     name, settings = CASES[case]
-    config = getattr(transformers, name + ("TextConfig" if name == "Gemma3" else "Config"))(**settings, attn_implementation="eager")
-    model = randomize(getattr(transformers, name + "ForCausalLM")(config), seed).eval()
+    kind = getattr(transformers, name + ("TextConfig" if name == "Gemma3" else "Config"))
+    model = getattr(transformers, name + "ForCausalLM")(kind(**{**settings, **changes}, attn_implementation="eager"))
+    randomize(model).eval()
     model.save_pretrained(directory)
     return model
 
@@ -71,3 +75,58 @@ def test_family_equals_transformers(case, tmp_path):
     assert type(again) is type(theirs)
     same(again(ids).logits.detach(), expected, 1e-6)
     same(accelerate(load(tmp_path / "ours"))(ids), model(ids), 0)
+
+
+# --- GGUF: names by the gguf package's own table, permutations as llama.cpp's convert_hf_to_gguf.py makes them ---
+
+def converted(theirs, architecture, gguf):
+    """{name in the file: array} for the tensors of a model of transformers."""
+    names = gguf.get_tensor_name_map(architecture, theirs.config.num_hidden_layers)
+    heads, result = theirs.config.num_attention_heads, {}
+    groups = {"q_proj": heads, "k_proj": getattr(theirs.config, "num_key_value_heads", heads)}
+    for name, t in theirs.state_dict().items():
+        if name == "lm_head.weight" and theirs.config.tie_word_embeddings:
+            continue
+        module, _, kind = name.rpartition(".")
+        t, part = t.numpy(), module.rpartition(".")[2]
+        if part in groups and theirs.config.model_type in ("granite", "smollm3"):
+            t = t.reshape(groups[part], 2, len(t) // groups[part] // 2, *t.shape[1:]).swapaxes(1, 2).reshape(t.shape)
+        if part == "query_key_value":
+            by_head = t.reshape(heads, 3, -1, *t.shape[1:])
+            t = np.concatenate([by_head[:, i].reshape(-1, *t.shape[1:]) for i in range(3)])
+        result[f"{names.get_name(module)}.{kind}"] = t
+    return result
+
+
+@pytest.mark.parametrize("case, keys", [
+    ("smollm3", {}), ("olmo2", {}), ("phi", {"rope.dimension_count": 4, "attention.layer_norm_epsilon": 1e-5}),
+    ("granite", {"embedding_scale": 12.0, "residual_scale": 0.22, "attention.scale": 0.0781, "logit_scale": 6.0}),
+    ("granite-tied-biased", {"embedding_scale": 1.0, "attention.scale": 1.0, "logit_scale": 8.0}),
+    ("gpt_neox", {"use_parallel_residual": True, "rope.dimension_count": 2}),
+    ("gpt_neox-sequential-biased", {"use_parallel_residual": False, "rope.dimension_count": 4, "rope.freq_base": 5000})])
+def test_gguf_is_what_llama_cpp_converts(case, keys, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    more = {"phi": dict(num_key_value_heads=4), "smollm3": dict(no_rope_layer_interval=4), "gpt_neox-sequential-biased": dict(attention_bias=True)}
+    theirs = reference(case.removesuffix("-biased") if "neox" in case else case, tmp_path / "m", **{"vocab_size": 259, **more.get(case, {})})
+    export.write_gguf(load(tmp_path / "m"), Tokenizer.from_bytes(), "f32", tmp_path / "m.gguf")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    fields = {name: f.contents() for name, f in reader.fields.items()}
+    name = fields["general.architecture"]
+    expected = converted(theirs, {n: a for a, n in gguf.MODEL_ARCH_NAMES.items()}[name], gguf)
+    found = {t.name: t.data.reshape(t.shape[::-1].tolist()) for t in reader.tensors}
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[n], expected[n]) for n in expected)
+    figures = {"attention.head_count": 4, "block_count": 4, "embedding_length": 32, "feed_forward_length": 64, **keys}
+    for key, value in figures.items():
+        assert fields[f"{name}.{key}"] == pytest.approx(value, rel=1e-5), key
+
+
+@pytest.mark.parametrize("case, more, match", [
+    ("gemma3", {}, "Gemma 3 is not written here"), ("smollm3", {}, "smollm3 has no layers without rotary positions other than every fourth"),
+    ("olmo2-biased", {}, "olmo2 has no qkv_bias True"), ("phi", {}, "phi2 has no num_key_value_heads 2"), ("llama-yarn", {}, "no rope_type 'yarn'"),
+    ("gpt_neox-sequential", {}, "gptneox has no qkv_bias False"), ("phi-normed", {}, "phi2 has no qk_norm True")])
+def test_gguf_that_llama_cpp_does_not_read_is_refused(case, more, match, tmp_path):
+    pytest.importorskip("gguf")
+    reference(case, tmp_path / "m", vocab_size=259, **more)
+    with pytest.raises(UserError, match=match):
+        export.write_gguf(load(tmp_path / "m"), Tokenizer.from_bytes(), "f32", tmp_path / "m.gguf")
