@@ -127,9 +127,9 @@ def activation_scores(model, batches):
     """
     sums = collections.defaultdict(float)
     for batch in batches:
-        (x,), (rotary,), (masks,) = block_inputs(model, [batch])
+        (x,), (rotaries,), (masks,) = block_inputs(model, [batch])
         for i, block in enumerate(model.model.layers):
-            *inputs, (x, _) = by_group(block, x, rotary, masks[i])
+            *inputs, (x, _) = by_group(block, x, rotaries[i], masks[i])
             for key, (h, _) in zip((("width", 0), ("queries", i), ("width", 0), ("ffn", i)), inputs):
                 sums[key] = sums[key] + unpadded(h, batch).abs().mean(0).float()
         sums["width", 0] = sums["width", 0] + unpadded(model.model.norm(x), batch).abs().mean(0).float()
@@ -196,7 +196,8 @@ def refit(small, dense, indices, batches):
     small_streams = [select(x, indices, -1, "width", 0) for x in dense_streams]
     for i, dense_block in enumerate(dense.model.layers):
         if i not in layers:                                      # from here on the stream lacks what it adds
-            dense_streams = [dense_block(x, rotary, mask[i]) for x, rotary, mask in zip(dense_streams, rotaries, masks)]
+            dense_streams = [dense_block(x, rotary[i], mask[i])
+                             for x, rotary, mask in zip(dense_streams, rotaries, masks)]
             continue
         block = small.model.layers[layers.index(i)]
         dense_flows = flows_of(dense_block, dense_streams, rotaries, masks, i)
@@ -208,7 +209,8 @@ def refit(small, dense, indices, batches):
                   for model, last in ((dense, dense_streams), (small, small_streams)))                 # (N, C)
     if dense.config.tie_word_embeddings:
         dense_x = select(dense_x, indices, 1, "width", 0)
-        small.model.norm.weight *= (dense_x * x).sum(0) / x.square().sum(0).clamp(min=1e-9)
+        weight, offset = small.model.norm.weight, float(small.config.unit_offset)
+        weight.copy_((weight + offset) * (dense_x * x).sum(0) / x.square().sum(0).clamp(min=1e-9) - offset)
     else:
         hessian = (x.T @ x).double()
         add_solution([small.lm_head], hessian, dense.lm_head.weight.double() @ (dense_x.T @ x).double()
@@ -259,8 +261,11 @@ def slice_step(model, tokenizer, step, args):
     Raises UserError as candidate_sizes does.
     """
     method, candidates = step.method, candidate_sizes(step, model)
-    if method == "pca" and (model.config.tie_word_embeddings or model.config.layer_norm):
-        print("width: a tied embedding or a LayerNorm cannot be rotated: channels are chosen by their activation")
+    c = model.config
+    if method == "pca" and (c.tie_word_embeddings or c.layer_norm or c.unit_offset or c.parallel
+                            or c.norms != "before"):
+        print("width: a tied embedding, a LayerNorm, or a norm that is not before one layer cannot be rotated: "
+              "channels are chosen by their activation")
         method = "activation"
     batches, entry = calibration(model, tokenizer, args) if step.text else (None, {})
     dtype, dense = model.dtype, model.float().requires_grad_(False)
@@ -452,27 +457,31 @@ def by_group(block, x, rotary, mask):
 
     Before each group of SAME_INPUT it yields (input, residual stream that outputs are added to, or
     None); the caller may change weights before it resumes. At last it yields (block output, None).
+    The stream is in units of the outputs: divided by the block's factor. Behind a norm it is None.
     """
-    h = block.input_layernorm(x)
-    yield h, None
-    h = block.self_attn.mix(h, rotary, mask)
-    yield h, x
-    x = x + block.self_attn.o_proj(h)
-    h = block.post_attention_layernorm(x)
+    def added_to(x, norm):
+        return x / block.factor if isinstance(norm, nn.Identity) else None
+
+    first = block.input_layernorm(x)
+    yield first, None
+    h = block.self_attn.mix(first, rotary, mask)
+    yield h, added_to(x, block.attention_out_norm)
+    y = x.add(block.attention_out_norm(block.self_attn.o_proj(h)), alpha=block.factor)
+    h = first if block.parallel == 1 else block.post_attention_layernorm(x if block.parallel else y)
     yield h, None
     h = block.mlp.inner(h)
-    yield h, x
-    yield x + block.mlp.down_proj(h), None
+    yield h, added_to(y, block.mlp_out_norm)
+    yield y.add(block.mlp_out_norm(block.mlp.down_proj(h)), alpha=block.factor), None
 
 
 def block_inputs(model, batches):
-    """(streams (B, T, C), rotaries, masks of all layers) before the first block, for each batch."""
+    """(streams (B, T, C) before the first block, rotaries and masks of all layers), for each batch."""
     return zip(*(model.model.prepare(batch.ids, segments=batch.segments) for batch in batches))
 
 
 def flows_of(block, streams, rotaries, masks, layer):
     """by_group of a block, number `layer`, for each batch."""
-    return [by_group(block, x, rotary, mask[layer]) for x, rotary, mask in zip(streams, rotaries, masks)]
+    return [by_group(block, x, rotary[layer], mask[layer]) for x, rotary, mask in zip(streams, rotaries, masks)]
 
 
 def check_walk(model, names, batch):
@@ -481,16 +490,16 @@ def check_walk(model, names, batch):
     for local in (split_name(name)[1].removesuffix(".down").removesuffix(".up") for name in names):
         if local not in known:
             raise UserError(f"compress.py does not know {local}: add it to SAME_INPUT and to by_group")
-    (x,), (rotary,), (masks,) = block_inputs(model, [rows_of(batch, 0, 1)])
+    (x,), (rotaries,), (masks,) = block_inputs(model, [rows_of(batch, 0, 1)])
     block = model.model.layers[0]
-    expected, output = block(x, rotary, masks[0]), list(by_group(block, x, rotary, masks[0]))[-1][0]
+    expected, output = block(x, rotaries[0], masks[0]), list(by_group(block, x, rotaries[0], masks[0]))[-1][0]
     if not (output - expected).norm() <= 1e-3 * expected.norm():
         raise UserError("by_group in compress.py does not compute what Block.forward in model.py computes, so this "
                         "step would calibrate another model: bring the two in line")
 
 
 def stream_gradients(model, batches):
-    """Yields (gradient of the loss by the embedding's output, final hidden states), (T, C) each."""
+    """Yields (gradient of the loss by rows of the embedding, final hidden states), (T, C) each."""
     model.model.embed_tokens.weight.requires_grad_(True)
     # One window at a time: a backward pass needs the activations of all blocks.
     for ids, targets, segments in (rows_of(batch, i, i + 1) for batch in batches for i in range(len(batch.ids))):
@@ -498,13 +507,14 @@ def stream_gradients(model, batches):
         with torch.enable_grad():
             x = model.model(ids, segments=segments, hidden=hidden).flatten(0, 1)                         # (T, C)
             loss = F.cross_entropy(model.lm_head(x).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        yield torch.autograd.grad(loss, hidden[0])[0].flatten(0, 1), x.detach()
+        gradient = torch.autograd.grad(loss, hidden[0])[0] * model.config.embedding_multiplier
+        yield gradient.flatten(0, 1), x.detach()
 
 
 def table_hessian(model, batches):
     """The Hessian of the embedding's rows, (C, C) float64: the Fisher matrix, sum of g g^T.
 
-    g: gradients of the loss by the output, as one-hot inputs say nothing of channels. A tied table
+    g: gradients of the loss by the rows, as one-hot inputs say nothing of channels. A tied table
     also multiplies the final hidden states h: h h^T is added.
     """
     total = 0.0

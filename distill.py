@@ -184,14 +184,14 @@ def dense_targets(targets, hard, soft, teacher_logits, vocab_size, cfg, metrics)
 
 
 # hidden: the residual stream before each layer and after the last, (B, T, C) each.
-States = collections.namedtuple("States", "layers hidden rotary masks")
+States = collections.namedtuple("States", "layers hidden rotaries masks")
 HIDDEN_DISTANCES = {"cosine": lambda a, b: 1 - F.cosine_similarity(a, b), "mse": lambda a, b: (a - b).square().mean(1)}
 
 
 def attention_map(states, i):
     """Log of the attention weights of layer i, (B, H, T, T): the fused kernel never holds them."""
     block, x, mask = states.layers[i], states.hidden[i], states.masks[i]
-    q, k = block.self_attn.queries_keys(block.input_layernorm(x), states.rotary)       # (B, H, T, D), (B, K, T, D)
+    q, k = block.self_attn.queries_keys(block.input_layernorm(x), states.rotaries[i])  # (B, H, T, D), (B, K, T, D)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)                           # (B, H, T, D)
     scores = (q @ k.mT).float() * block.self_attn.head_dim ** -0.5                     # (B, H, T, T)
     if mask is None:
@@ -247,17 +247,17 @@ class Distillation(nn.Module):
             return train.cross_entropy(model, batch)
         teacher, hidden, teacher_hidden = self.teacher[0], [], []
         x = model(batch.ids, segments=batch.segments, head=False, hidden=hidden).flatten(0, 1)         # (B * T, C)
-        keep, head = (batch.targets != IGNORE).flatten().float(), model.lm_head.weight                 # (B * T,)
+        keep, head = (batch.targets != IGNORE).flatten().float(), model.lm_head                        # (B * T,)
         if batch.labels is not None:
             chunk = sparse_targets(batch.labels.flatten(0, 1), batch.weights.flatten(0, 1), metrics)   # (B * T, M)
-            return train.ThroughHead.apply(x, head, chunk), keep.sum(), metrics
+            return train.ThroughHead.apply(x, head.weight, chunk, head.bias), keep.sum(), metrics
         y = self.timed(teacher, batch.ids, segments=batch.segments, head=False, hidden=teacher_hidden).flatten(0, 1)
         hard = keep * cfg.hard_weight
         if batch.sampled is not None:
             hard[batch.sampled.flatten()] = 0         # text that the student wrote is no example
         chunk = dense_targets(batch.targets.flatten(), hard if cfg.hard_weight else None, keep - hard,
                               lambda rows: self.timed(teacher.lm_head, y[rows]), self.vocab_size, cfg, metrics)
-        loss = train.ThroughHead.apply(x, head, chunk)
+        loss = train.ThroughHead.apply(x, head.weight, chunk, head.bias)
         if self.terms:
             states = [States(m.model.layers, h, *m.model.prepare(batch.ids, segments=batch.segments)[1:])
                       for m, h in ((model, hidden), (teacher, teacher_hidden))]
@@ -280,12 +280,13 @@ class Exits(nn.Module):
     def forward(self, model, batch):
         metrics, hidden, targets = collections.defaultdict(float), [], batch.targets.flatten()
         x = model(batch.ids, segments=batch.segments, head=False, hidden=hidden).flatten(0, 1)         # (B * T, C)
-        loss, y = train.linear_cross_entropy(x, model.lm_head.weight, targets), x.detach()
+        head = model.lm_head
+        loss, y = train.linear_cross_entropy(x, head.weight, targets, head.bias), x.detach()
         chunk = dense_targets(targets, None, (targets != IGNORE).float() / len(self.exits),
-                              lambda rows: model.lm_head(y[rows]), self.vocab_size, self.cfg, metrics)
+                              lambda rows: head(y[rows]), self.vocab_size, self.cfg, metrics)
         for e in self.exits:
-            h = model.model.norm(hidden[e]).flatten(0, 1)                                              # (B * T, C)
-            loss = loss + train.ThroughHead.apply(h, model.lm_head.weight, chunk)
+            h = model.model.finish(hidden[e]).flatten(0, 1)                                            # (B * T, C)
+            loss = loss + train.ThroughHead.apply(h, head.weight, chunk, head.bias)
         return loss, (targets != IGNORE).sum(), metrics
 
 

@@ -2,7 +2,7 @@
 
 A model is a Hugging Face directory (config.json, model.safetensors, tokenizer.json, ...). Field and
 tensor names are the Hub's own. So a directory written here opens in `transformers`, and a directory
-of the Llama, Mistral, Qwen2 or Qwen3 family opens here without renaming:
+of a family in data/hub.py (Llama, Qwen, Gemma, ...) opens here:
 
     from model import load
     model = load("out")                               # a training run: opens out/best
@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError, checkpoints, hub
+from data import UserError, adapters, checkpoints, hub
 from data.console import say_once
 from data.files import MODEL, disk_full, replacing, sync, write_json
+from data.rotary import ENDING, ROPE, scaled_frequencies
 
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
@@ -52,17 +53,27 @@ class Config:
     tie_word_embeddings: bool = False
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
-    rope: dict = dataclasses.field(default_factory=lambda: dict(hub.ROPE))     # rotary positions: rope_parameters
+    rope: dict = dataclasses.field(default_factory=lambda: dict(ROPE))         # rotary positions: rope_parameters
     sliding_window: int = 0                 # how far back sliding layers see, in tokens; 0: all the way
     layer_types: list = None                # which layers slide, by name; None: all of them
+    no_rope_layers: list = None             # the Hub's word: 1 where a layer has rotary positions, 0 where it has none
     # Switches by which the Hub's families differ: one Block serves all of them.
     qk_norm: bool = True                    # RMSNorm on each head's query and key (Henry et al., 2020)
+    qk_norm_whole: bool = False             # that norm is one over the channels of all heads (OLMo 2)
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     gated: bool = True                      # gate and up, or up alone
+    head_bias: bool = False                 # the output head has a bias (Phi)
     layer_norm: bool = False                # LayerNorm with bias instead of RMSNorm
+    unit_offset: bool = False               # RMSNorm multiplies by 1 + weight (Gemma)
+    norms: str = "before"                   # of attention and MLP: before, after (OLMo 2), or both (Gemma 3)
+    parallel: int = 0                       # attention and MLP read one stream, behind 1 norm (Phi) or 2 (GPT-NeoX)
     learned_positions: bool = False         # a table added to the embedding instead of rotary positions
+    embedding_multiplier: float = 1.0       # factor of the embedding's rows (Gemma, Granite)
+    residual_multiplier: float = 1.0        # factor of all that a block adds to the stream (Granite)
+    attention_multiplier: float = 0.0       # factor of the scores q k^T; 0: 1 / sqrt(head_dim)
+    logits_scaling: float = 1.0             # divides the logits (Granite)
     hub: dict = dataclasses.field(default_factory=dict, repr=False)         # config.json as it was read
 
     def __post_init__(self):
@@ -73,7 +84,13 @@ class Config:
         slides = self.layer_types is None or self.layer_types[layer] == "sliding_attention"
         return self.sliding_window if slides else 0
 
-    def frequencies(self):
+    def turns(self, layer):
+        """The rotary positions of a layer: "global", "local" (Gemma 3, where a window slides), or None."""
+        if self.learned_positions or self.no_rope_layers is not None and not self.no_rope_layers[layer]:
+            return None
+        return "local" if self.window(layer) and "local_theta" in self.rope else "global"
+
+    def frequencies(self, kind="global"):
         """Rotary frequencies in radians per position, (R/2,) float32, and a factor for cos and sin.
 
         R of the D channels of a head turn, in pairs. Pair i turns by theta^(-2i/R) at each position
@@ -81,7 +98,9 @@ class Config:
         """
         R = int(self.head_dim * self.rope["partial_rotary_factor"])
         pairs = torch.arange(0, R, 2, dtype=torch.float32, device="cpu")
-        return hub.scaled_frequencies(self.rope["rope_theta"] ** (-pairs / R), self.rope)  # for long windows
+        if kind == "local":
+            return self.rope["local_theta"] ** (-pairs / R), 1.0
+        return scaled_frequencies(self.rope["rope_theta"] ** (-pairs / R), self.rope)  # for long windows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,9 +118,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class OffsetNorm(RMSNorm):
+    """RMSNorm with the factor 1 + weight, computed in float32 (Gemma)."""
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
 def norm(config, size=None):
     """The normalization that a config asks for, over `size` channels (default: C)."""
-    kind = nn.LayerNorm if config.layer_norm else RMSNorm
+    kind = nn.LayerNorm if config.layer_norm else OffsetNorm if config.unit_offset else RMSNorm
     return kind(size or config.hidden_size, config.rms_norm_eps)
 
 
@@ -136,18 +161,23 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
         # Queries and keys of length sqrt(D) keep the scores small: training stays stable at high learning rates.
-        self.q_norm = norm(c, c.head_dim) if c.qk_norm else nn.Identity()
-        self.k_norm = norm(c, c.head_dim) if c.qk_norm else nn.Identity()
+        sizes = (self.q_proj.out_features, self.k_proj.out_features) if c.qk_norm_whole else (c.head_dim, c.head_dim)
+        self.q_norm, self.k_norm = (norm(c, size) if c.qk_norm else nn.Identity() for size in sizes)
+        self.norm_first = c.qk_norm_whole
+        # Below, scores are always divided by sqrt(D): another factor of the scores is a factor of the queries.
+        self.query_factor = c.attention_multiplier * math.sqrt(c.head_dim) if c.attention_multiplier else 1.0
 
     def to_heads(self, x, norm, rotary):
         """Queries or keys x (B, T, heads * D), normalized and turned by their positions: (B, heads, T, D)."""
-        x = norm(x.unflatten(-1, (-1, self.head_dim)))                               # (B, T, heads, D)
+        x = norm(x) if self.norm_first else x
+        x = x.unflatten(-1, (-1, self.head_dim))                                     # (B, T, heads, D)
+        x = x if self.norm_first else norm(x)
         return (x if rotary is None else rotate(x, *rotary)).transpose(1, 2)
 
     def queries_keys(self, x, rotary):
         """Queries (B, H, T, D) and keys (B, K, T, D) of x (B, T, C)."""
-        return (self.to_heads(self.q_proj(x), self.q_norm, rotary),
-                self.to_heads(self.k_proj(x), self.k_norm, rotary))
+        q, k = self.to_heads(self.q_proj(x), self.q_norm, rotary), self.to_heads(self.k_proj(x), self.k_norm, rotary)
+        return (q if self.query_factor == 1 else q * self.query_factor), k
 
     def mix(self, x, rotary, mask, cache=None):
         """The input of o_proj, (B, T, H * D): values, mixed by the attention of each head.
@@ -171,7 +201,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer, 2020), or for GPT-2 one layer without a gate."""
+    """SwiGLU (Shazeer, 2020), with another activation GeGLU (Gemma), or one layer without a gate (GPT-2)."""
     def __init__(self, config):
         super().__init__()
         c, self.act = config, ACTIVATIONS[config.hidden_act]
@@ -193,15 +223,23 @@ class Block(nn.Module):
     """One layer: attention between positions, then an MLP at each; both add to the residual stream x (B, T, C)."""
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = norm(config)
+        before, after = config.norms in ("before", "both"), config.norms in ("after", "both")
+        self.input_layernorm = norm(config) if before else nn.Identity()
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = norm(config)
+        self.attention_out_norm = norm(config) if after else nn.Identity()
+        self.post_attention_layernorm = norm(config) if before and config.parallel != 1 else nn.Identity()
         self.mlp = MLP(config)
+        self.mlp_out_norm = norm(config) if after else nn.Identity()
+        self.parallel, self.factor = config.parallel, config.residual_multiplier
         self.dropout = nn.Dropout(0.0)                # train.py --dropout sets its rate; not part of the saved model
 
     def forward(self, x, rotary, mask, cache=None):
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        h = self.input_layernorm(x)
+        update = self.attention_out_norm(self.self_attn(h, rotary, mask, cache))
+        y = x.add(self.dropout(update), alpha=self.factor)                           # x + factor * update
+        if self.parallel != 1:
+            h = self.post_attention_layernorm(x if self.parallel else y)
+        return y.add(self.dropout(self.mlp_out_norm(self.mlp(h))), alpha=self.factor)
 
 
 def embedding(rows, size):
@@ -223,17 +261,22 @@ class Body(nn.Module):
         self.checkpoint = False                       # activation checkpointing: train.py --checkpoint-activations
         # Plain attributes: buffers would be rounded by model.to(bfloat16), and tables of cos and sin cost memory.
         self.frequencies, self.rotary_scale = config.frequencies()
+        self.local_frequencies = config.frequencies("local")[0] if "local_theta" in config.rope else self.frequencies
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.frequencies = self.frequencies.to(self.norm.weight.device)              # but it follows to another device
+        self.frequencies = self.frequencies.to(self.norm.weight.device)              # but they follow to another device
+        self.local_frequencies = self.local_frequencies.to(self.norm.weight.device)
         return self
 
-    def rotary(self, positions):
-        """cos and sin of the rotation angles of positions (B or 1, T): (B or 1, T, 1, R/2) each."""
-        angles = (positions[..., None].float() * self.frequencies)[:, :, None]
+    def rotary(self, positions, kind="global"):
+        """cos and sin of the rotation angles of positions (B or 1, T): (B or 1, T, 1, R/2) each; kind: Config.turns."""
+        if kind is None:
+            return None
+        frequencies, scale = (self.local_frequencies, 1.0) if kind == "local" else (self.frequencies, self.rotary_scale)
+        angles = (positions[..., None].float() * frequencies)[:, :, None]
         dtype = self.norm.weight.dtype
-        return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
     def mask(self, T, start, window, segments):
         """Where the last T of S = start + T positions may look: bool (T, S) or (B, 1, T, T); None: all before."""
@@ -249,24 +292,30 @@ class Body(nn.Module):
         return mask
 
     def prepare(self, ids, start=0, segments=None):
-        """The inputs of the blocks for ids (B, T) behind `start` tokens: x (B, T, C), rotary, a mask for each layer."""
-        T, c = ids.shape[1], self.config
-        if start + T > c.max_position_embeddings and (c.learned_positions or c.rope["rope_type"] == "longrope"):
+        """The inputs of the blocks for ids (B, T) behind `start` tokens: x (B, T, C), each layer's rotary and mask."""
+        T, c, numbers = ids.shape[1], self.config, range(len(self.layers))
+        if start + T > c.max_position_embeddings and (c.learned_positions or c.rope["rope_type"] in ENDING):
             raise UserError(f"{start + T} tokens are more than this model's window of {c.max_position_embeddings}")
         x = self.embed_tokens(ids).to(self.norm.weight.dtype)                        # (B, T, C)
+        if c.embedding_multiplier != 1:
+            x = x * x.new_tensor(c.embedding_multiplier)                             # rounded to x's type, as in Gemma
         positions = torch.arange(start, start + T, device=ids.device)[None]          # (1, T)
         if segments is not None:                      # packed examples: positions count from each one's first token
             new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)     # (B, T)
             positions = positions - (positions * new).cummax(dim=1).values
-        masks = {w: self.mask(T, start, w, segments) for w in {c.window(i) for i in range(len(self.layers))}}
-        masks = [masks[c.window(i)] for i in range(len(self.layers))]
+        masks = {w: self.mask(T, start, w, segments) for w in {c.window(i) for i in numbers}}
+        rotaries = {kind: self.rotary(positions, kind) for kind in {c.turns(i) for i in numbers}}
         if c.learned_positions:
-            return x + self.embed_positions(positions), None, masks
-        return x, self.rotary(positions), masks
+            x = x + self.embed_positions(positions)
+        return x, [rotaries[c.turns(i)] for i in numbers], [masks[c.window(i)] for i in numbers]
+
+    def finish(self, x):
+        """The input of the head: the stream x (B, T, C), normalized. Divided here, the logits are, too."""
+        return self.norm(x) if self.config.logits_scaling == 1 else self.norm(x) / self.config.logits_scaling
 
     def forward(self, ids, cache=None, segments=None, hidden=None):
-        x, rotary, masks = self.prepare(ids, cache.length if cache is not None else 0, segments)
-        for layer, mask in zip(self.layers, masks):
+        x, rotaries, masks = self.prepare(ids, cache.length if cache is not None else 0, segments)
+        for layer, rotary, mask in zip(self.layers, rotaries, masks):
             if hidden is not None:
                 hidden.append(x)
             if self.checkpoint and self.training:     # keeps x alone; the backward pass computes the layer again
@@ -277,7 +326,7 @@ class Body(nn.Module):
             hidden.append(x)
         if cache is not None:
             cache.length += ids.shape[1]
-        return self.norm(x)
+        return self.finish(x)
 
 
 class Transformer(nn.Module):
@@ -289,7 +338,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Body(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.history = []                             # steps that made this model, oldest first, for config.json
         self.exits = []                               # early exits: layers after which the head was trained, too
         self.compression = []                         # layers that are not dense, in the order of replacement
@@ -363,7 +412,7 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim < 2:                            # other vectors keep the values of their module's __init__
                 if name.endswith(("norm.weight", "bias")):
-                    p.fill_(0.0 if name.endswith("bias") else 1.0)
+                    p.fill_(0.0 if name.endswith("bias") or self.config.unit_offset else 1.0)
             elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
                 p.zero_()
             else:
@@ -629,21 +678,23 @@ def load(path, device="cpu", dtype=None, finite=True):
     scales of quantized layers are never converted. finite=True refuses values that are infinite or
     not a number. For that the whole file is read, a fifth of the time to the first token; with
     finite=False the caller looks at the first logits. Raises UserError for a missing, unknown or
-    misshapen tensor, a truncated file, an unknown family or kind of layer.
+    misshapen tensor, a truncated file, an unknown family or kind of layer. An adapter (data/adapters.py)
+    is merged into its base model.
     """
-    directory = checkpoints.find_model(path)
-    checkpoints.refuse_adapters(directory)
+    given = checkpoints.find_model(path)
+    directory = adapters.base_of(given)               # another one, if an adapter is given
+    checkpoints.refuse_companions(directory)
     settings = hub.read_config(directory)
     with checkpoints.config_to_blame(directory):
         config = Config(**hub.config_from_hub(settings, Config))
-    tensors = checkpoints.read_tensors(directory)
+    tensors, merged = adapters.merged(checkpoints.read_tensors(directory), given, config, settings)
     with checkpoints.config_to_blame(directory):
         if config.num_hidden_layers > len(tensors):
             raise UserError(f"there are {config.num_hidden_layers:,} layers, but the file of weights holds only "
                             f"{len(tensors):,} tensors")
         model = empty(config, settings.get("compression"))
         if not model.compression:
-            tensors = hub.tensors_from_hub(tensors, config.model_type, model.state_dict())
+            tensors = hub.tensors_from_hub(tensors, config, model.state_dict())
         if config.tie_word_embeddings and not checkpoints.is_tied(tensors):          # as transformers 5 does
             say_once(f"{directory}: config.json ties the head to the embedding, but the file holds another head, "
                      "which is used")
@@ -652,7 +703,7 @@ def load(path, device="cpu", dtype=None, finite=True):
     checkpoints.check_tensors(model, tensors, directory, finite)
     model.load_state_dict(tensors, strict=False, assign=True)    # strict: check_tensors
     model.tie_weights()
-    model.history, model.exits = settings.get("history") or [], settings.get("exits") or []
+    model.history, model.exits = (settings.get("history") or []) + merged, settings.get("exits") or []
     config.hub.update(card=checkpoints.front_matter(directory / "README.md"),
                       sampling=checkpoints.sampling_settings(directory))
     return model.to(device=device, dtype=dtype).eval()
@@ -682,7 +733,7 @@ def save(model, directory, tokenizer=None, extra=None, state=None):
     if model.compression:
         config.update(compression=model.compression)
     else:
-        tensors = hub.tensors_to_hub(tensors, model.config.model_type)
+        tensors = hub.tensors_to_hub(tensors, model.config)
     with replacing(directory, MODEL) as new, disk_full(new, sum(t.nbytes for t in tensors.values())):
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:

@@ -6,6 +6,7 @@ from safetensors import safe_open
 import torch
 
 from data import UserError
+from data.adapters import base_of, is_adapter
 from data.files import beside, named, read_json
 from data.hub import config_to_hub
 from data.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ people, for medical, legal or financial advice, or for anything where a mistake 
 
 
 def find_model(path):
-    """The directory that holds the model at `path`: for a training run best/ or last/.
+    """The directory that holds the model, or an adapter, at `path`: for a training run best/ or last/.
 
     Finds also a directory that an interrupted save left beside (.NAME.new, .NAME.old). Raises
     UserError if there is none.
@@ -24,27 +25,34 @@ def find_model(path):
     path = named(path)
     for base in (path, path / "best", path / "last"):
         for candidate in (base, beside(base, "new"), beside(base, "old")):
-            if (candidate / "config.json").is_file():      # the last file that a save writes
+            if (candidate / "config.json").is_file() or is_adapter(candidate):  # what a save writes last
                 return candidate
     if not path.exists():
         raise UserError(f"there is no directory {path}")
-    refuse_adapters(path)
     raise UserError(f"there is no model in {path}: no config.json in it, nor in its best/ or last/")
 
 
 WRAPPER = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-ADAPTERS = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}
 QUANTIZED = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 
 
-def refuse_adapters(directory):
+def refuse_companions(directory):
     """Raises UserError for files beside the weights that change the meaning of these."""
-    for name in sorted(ADAPTERS | QUANTIZED):
+    for name in sorted(QUANTIZED):
         if (Path(directory) / name).exists():
-            kind, way = "settings of quantized weights", "take the model before it was quantized"
-            if name in ADAPTERS:
-                kind, way = "an adapter", "merge it: peft's model.merge_and_unload().save_pretrained(NEW_DIR)"
-            raise UserError(f"{directory} holds {name}, {kind}, which is not read here; {way}")
+            raise UserError(f"{directory} holds {name}, settings of quantized weights, which is not read here; take the "
+                            "model before it was quantized")
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (Path(directory) / name).exists() and not is_adapter(directory):
+            raise UserError(f"{directory} holds {name}, an adapter, without its adapter_config.json: add that, or move "
+                            "the adapter away")
+
+
+def weight_files(path):
+    """The files of the weights of the model at `path`, an adapter's base included, in order."""
+    directory = find_model(path)
+    return [file for folder in dict.fromkeys((directory, base_of(directory)))
+            for file in sorted(folder.glob("*.safetensors"))]
 
 
 def read_tensors(directory):
@@ -138,7 +146,7 @@ def model_name(path):
 def checkpoint_hash(path):
     """sha256 of the weights (16 hex digits), by which a history identifies a parent."""
     digest = hashlib.sha256()
-    for file in sorted(find_model(path).glob("*.safetensors")):
+    for file in weight_files(path):
         with open(file, "rb") as f:
             while block := f.read(2 ** 22):
                 digest.update(block)

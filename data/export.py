@@ -19,10 +19,28 @@ GGUF_NAMES = {                              # the Hub's name: GGUF's; that of a 
     "lm_head": "output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "attention_out_norm": "post_attention_norm", "mlp_out_norm": "post_ffw_norm"}
 GGUF_STORED = {"int8": "q8_0", "int4": "q4_0"}         # the type of quantized layers: same integers, same scales
 GGUF_FUSED = {"gpt2": {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv"}}
+GGUF_FUSED["gptneox"] = GGUF_FUSED["gpt2"]
 GGUF_FUSED["phi3"] = {**GGUF_FUSED["gpt2"], "ffn_gate": "ffn_up"}        # the rows of the gate come first
+INTERLEAVED = ("llama", "granite", "smollm3")          # they turn neighbouring channels: see `interleaved`
+# What llama.cpp's code for an architecture computes: values of Config's fields; () for any value.
+TANH = ("gelu_new", "gelu_pytorch_tanh")
+USUAL = dict(hidden_act=("silu",), norms=("before",), parallel=(0,), unit_offset=(False,), head_bias=(False,),
+             qk_norm_whole=(False,), embedding_multiplier=(1.0,), residual_multiplier=(1.0,),
+             attention_multiplier=(0.0,), logits_scaling=(1.0,))
+COMPUTED = {
+    "qwen3": dict(qkv_bias=(False,)), "gpt2": dict(hidden_act=TANH),
+    "smollm3": dict(qkv_bias=(False,), o_bias=(False,), mlp_bias=(False,)),
+    "granite": dict(embedding_multiplier=(), residual_multiplier=(), attention_multiplier=(), logits_scaling=()),
+    "olmo2": dict(norms=("after",), qk_norm_whole=(True,), qkv_bias=(False,), o_bias=(False,),
+                  tie_word_embeddings=(False,)),
+    # GELU by its tanh approximation, off by up to 0.0005
+    "gptneox": dict(hidden_act=("gelu", *TANH), parallel=(0, 2), qkv_bias=(True,), o_bias=(True,),
+                    tie_word_embeddings=(False,)),
+    "phi2": dict(hidden_act=TANH, parallel=(1,), head_bias=(True,), qk_norm=(False,))}
 
 # llama.cpp reads no regex of a pre-tokenizer: it has code for each of these, by name.
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
@@ -105,24 +123,27 @@ def gguf_mismatch(model, kind):
 def unsupported_by_llama_cpp(c):
     """A feature of a Config that llama.cpp's architecture lacks, as text; None: it has all."""
     arch = gguf_architecture(c)
-    if not c.learned_positions and c.rope["rope_type"] not in ("default", "linear"):
+    for name, values in {**USUAL, **COMPUTED.get(arch, {})}.items():
+        if values and getattr(c, name) not in values:
+            return f"{name} {getattr(c, name)!r}"
+    if c.no_rope_layers != ([int((i + 1) % 4 != 0) for i in range(c.num_hidden_layers)] if arch == "smollm3" else None):
+        return "layers without rotary positions other than every fourth"
+    if not c.learned_positions and c.rope["rope_type"] not in ("default", "linear", "dynamic"):
         only = {"llama3": "llama", "longrope": "phi3"}.get(c.rope["rope_type"])
         if arch != only:
             return f"rope_type {c.rope['rope_type']!r}" + (f" (only {only} models have it)" if only else "")
-    if arch != "phi3" and c.rope["partial_rotary_factor"] != 1:
-        return f"partial_rotary_factor {c.rope['partial_rotary_factor']} (only phi3 models have it)"
-    if arch in ("qwen2", "phi3", "gpt2") and c.num_attention_heads * c.head_dim != c.hidden_size:
+    if arch not in ("phi3", "gptneox", "phi2") and c.rope["partial_rotary_factor"] != 1:
+        return f"partial_rotary_factor {c.rope['partial_rotary_factor']} (only phi3, gptneox and phi2 models have it)"
+    if arch == "phi2" and c.num_key_value_heads != c.num_attention_heads:
+        return f"num_key_value_heads {c.num_key_value_heads} other than num_attention_heads"
+    if arch not in ("llama", "qwen3", "smollm3") and c.num_attention_heads * c.head_dim != c.hidden_size:
         return f"num_attention_heads x head_dim ({c.num_attention_heads} x {c.head_dim}) other than hidden_size"
-    if c.hidden_act not in (("gelu_new", "gelu_pytorch_tanh") if arch == "gpt2" else ("silu",)):
-        return f"hidden_act {c.hidden_act!r}"
-    if arch == "qwen3" and c.qkv_bias:
-        return "attention_bias"
     return None
 
 
 def gguf_architecture(config):
     """llama.cpp's name of the architecture."""
-    return {"mistral": "llama"}.get(config.model_type, config.model_type)
+    return {"mistral": "llama", "gpt_neox": "gptneox", "phi": "phi2"}.get(config.model_type, config.model_type)
 
 
 def gguf_metadata(writer, gguf, config, kind):
@@ -150,6 +171,13 @@ def gguf_metadata(writer, gguf, config, kind):
     if not c.learned_positions:
         writer.add_rope_freq_base(c.rope["rope_theta"])
         writer.add_rope_dimension_count(2 * len(c.frequencies()[0]))
+    if c.model_type == "gpt_neox":
+        writer.add_parallel_residual(c.parallel == 2)
+    if c.model_type == "granite":
+        writer.add_embedding_scale(c.embedding_multiplier)
+        writer.add_residual_scale(c.residual_multiplier)
+        writer.add_attention_scale(c.attention_multiplier or c.head_dim ** -0.5)
+        writer.add_logit_scale(c.logits_scaling)
     if c.rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(c.rope["factor"])
@@ -239,7 +267,7 @@ def gguf_pieces(model):
             raise UserError(f"gguf: export.py does not know {tensor}, so llama.cpp would compute another model: add it "
                             f"to GGUF_NAMES if llama.cpp's {arch} has it")
         gguf_name = GGUF_FUSED.get(arch, {}).get(GGUF_NAMES[local], GGUF_NAMES[local])
-        heads = heads_of.get(local) if arch == "llama" else None
+        heads = heads_of.get(local) if arch in INTERLEAVED else None
         pieces.setdefault(f"{layer}{gguf_name}.{suffix}", []).append((t, heads))
     return pieces
 
@@ -298,7 +326,7 @@ def gguf_tensors(model, kind, gguf):
 
 
 def interleaved(rows, heads):
-    """Rows (heads * D, ...) of a query or key projection in the order of the "llama" architecture.
+    """Rows (heads * D, ...) of a query or key projection in the order of the architectures INTERLEAVED.
 
     The Hub's rotary positions turn channels (i, i + D/2) of a head, llama.cpp's (2i, 2i + 1).
     Encoded rows are reordered as plain ones are: a block never spans two rows.
@@ -316,6 +344,9 @@ def write_gguf(model, tokenizer, kind, path, name="model"):
     Raises UserError for a model that llama.cpp cannot express, and without the gguf package.
     """
     gguf, config = import_gguf(), model.config
+    if config.model_type == "gemma3_text":
+        raise UserError("gguf: Gemma 3 is not written here, as llama.cpp takes its tokenizer from tokenizer.model: "
+                        "convert the directory with llama.cpp's convert_hf_to_gguf.py")
     if missing := unsupported_by_llama_cpp(config):
         raise UserError(f"gguf: llama.cpp's {gguf_architecture(config)} has no {missing}")
     if mismatch := gguf_mismatch(model, kind):

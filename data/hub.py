@@ -4,13 +4,14 @@ config.json and tensor names of the Hub's model families: translated to model.py
 A row of FAMILIES is a family: the switches of Config, the names of fields, and how tensors are
 fused or transposed.
 """
-import dataclasses, math
+import dataclasses
 from pathlib import Path
 
 import torch
 
 from data import UserError
 from data.files import read_json
+from data.rotary import ROPE, ROPE_FIELDS, SCALED, check_rope
 from data.values import check_values
 
 COMPRESSED = "slm-compressed"               # model_type of a directory that only this project opens
@@ -18,21 +19,15 @@ FORMAT = 1                                  # version of our additions to config
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "num_key_value_heads", "head_dim", "max_position_embeddings")
 COPIED = (*SIZES, "rms_norm_eps", "tie_word_embeddings", "hidden_act")      # the same value in Config and config.json
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-SCALED = {"default": (), "linear": ("factor",),                # kinds of rotary positions: the fields that each needs
-          "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-          "longrope": ("factor", "short_factor", "original_max_position_embeddings")}
 WINDOWS = ("full_attention", "sliding_attention")
 # Fields of Config and of Config.rope: a type, and for numbers the smallest and the largest value.
 # They come from files: a size that no model has must not fill the memory or begin a long loop.
 FIELDS = {**dict.fromkeys(SIZES, (int, 1, 2 ** 24)), "num_hidden_layers": (int, 1, 10_000),
-          **dict.fromkeys(("tie_word_embeddings", "qk_norm", "qkv_bias", "o_bias", "mlp_bias", "gated", "layer_norm",
-                           "learned_positions"), (bool,)),
+          **dict.fromkeys(("tie_word_embeddings", "qk_norm", "qk_norm_whole", "qkv_bias", "o_bias", "mlp_bias", "gated",
+                           "head_bias", "layer_norm", "unit_offset", "learned_positions"), (bool,)),
+          **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (float, 1e-6, 1e6)),
+          "attention_multiplier": (float, 0, 1e6), "parallel": (int, 0, 2), "norms": (str,),
           "rms_norm_eps": (float, 0, 1), "hidden_act": (str,), "sliding_window": (int, 0, 2 ** 40), "rope": (dict,)}
-ROPE_FIELDS = {"rope_type": (str,), "rope_theta": (float, 1e-3, 1e30), "partial_rotary_factor": (float, 0, 1),
-               **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (float, 1e-3, 1e6)),
-               "original_max_position_embeddings": (int, 2, 2 ** 24), "attention_factor": (float, 0, 1e6),
-               **dict.fromkeys(("short_factor", "long_factor"), ([float], 1e-3, 1e6))}
 LARGEST = 2 ** 31                           # elements of a tensor: Llama 3.1 405B's embedding has 2.1 billion
 
 
@@ -44,10 +39,17 @@ def check_config(config, activations):
         raise UserError(f"num_attention_heads ({config.num_attention_heads}) is not a multiple of "
                         f"num_key_value_heads ({config.num_key_value_heads})")
     for name, value, known in (("hidden_act", config.hidden_act, activations),
+                               ("norms", config.norms, ("before", "after", "both")),
                                ("rope_type", config.rope["rope_type"], SCALED)):
         if value not in known:
             raise UserError(f"{name} {value!r} is not supported; supported: {', '.join(known)}")
     check_rope(config.rope, config.head_dim)
+    if config.head_bias and config.tie_word_embeddings:
+        raise UserError("tie_word_embeddings: a head with a bias is not tied here")
+    if config.no_rope_layers is not None:
+        check_values(vars(config), {"no_rope_layers": ([int], 0, 1)}, "the model's shape")
+        if len(config.no_rope_layers) < config.num_hidden_layers:
+            raise UserError(f"no_rope_layers must name 0 or 1 for each of {config.num_hidden_layers} layers")
     if config.layer_types is not None:
         check_values(vars(config), {"layer_types": ([str],)}, "the model's shape")
         if len(config.layer_types) < config.num_hidden_layers or set(config.layer_types) - set(WINDOWS):
@@ -63,41 +65,6 @@ def check_config(config, activations):
                             "numbers that a tensor may have: make one of them smaller")
 
 
-def check_rope(rope, head_dim):
-    """Raises UserError for fields of Config.rope that are missing or contradictory."""
-    kind, rotary = rope["rope_type"], int(head_dim * rope["partial_rotary_factor"])
-    if rotary % 2 or not rotary:
-        raise UserError(f"head_dim ({head_dim}) must be even: rotary positions turn pairs of channels")
-    check_values(rope, ROPE_FIELDS, f"rope_type {kind!r}", needed=SCALED[kind])
-    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise UserError(f"low_freq_factor ({rope['low_freq_factor']}) must be below high_freq_factor "
-                        f"({rope['high_freq_factor']})")
-    for name in {"short_factor", "long_factor"} & rope.keys() if kind == "longrope" else ():
-        if len(rope[name]) != rotary // 2:
-            raise UserError(f"{name} has {len(rope[name])} numbers; {rotary} rotary channels need {rotary // 2}")
-
-
-def scaled_frequencies(f, rope):
-    """(rotary frequencies (R/2,), a factor for cos and sin) for windows longer than the first ones.
-
-    f (R/2,): the frequencies of the first training; rope: Config.rope, of kind linear (Chen et al.,
-    2023), llama3 (Dubey et al., 2024) or longrope (Ding et al., 2024).
-    """
-    if rope["rope_type"] == "linear":
-        return f / rope["factor"], 1.0
-    if rope["rope_type"] == "llama3":         # slow rotations are stretched, fast ones stay, those between are blended
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)      # in the window of the first training
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return f * (keep + (1 - keep) / rope["factor"]), 1.0
-    if rope["rope_type"] == "longrope":       # the short factors only: our window ends where the long ones begin
-        stretch, scale = rope["factor"], rope.get("attention_factor")
-        if scale is None:
-            scale = math.sqrt(1 + math.log(max(1, stretch)) / math.log(rope["original_max_position_embeddings"]))
-        return f / torch.tensor(rope["short_factor"], device="cpu"), scale
-    return f, 1.0
-
-
 @dataclasses.dataclass
 class Family:
     """A model family of the Hub, as transformers implements it."""
@@ -106,9 +73,9 @@ class Family:
     renamed: dict = dataclasses.field(default_factory=dict)         # Config's name of a field -> the family's
     unnamed: tuple = ()                      # fields of Config that the family derives from others
     defaults: dict = dataclasses.field(default_factory=dict)        # transformers' values of absent fields
-    rope_types: tuple = ("default", "linear", "llama3", "longrope")           # () for learned positions
+    rope_types: tuple = tuple(SCALED)        # () for learned positions
     partial: bool = False                    # whether transformers rotates only a part of each head's channels
-    tensors: tuple = ()                      # (the family's module, model.py's modules fused in it, transposed?)
+    tensors: tuple = ()                      # (the family's module, model.py's modules fused in it, layout)
     prefixes: tuple = ()                     # (model.py's, the family's) for the other tensors
 
 
@@ -148,12 +115,65 @@ def gpt2(h):
     for name, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
         if h.get(name, usual) != usual:
             raise UserError(f"GPT-2 with {name} = {h[name]} is not supported")
-    return dict(qk_norm=False, qkv_bias=True, o_bias=True, mlp_bias=True, gated=False, layer_norm=True,
-                learned_positions=True)
+    return dict(BIASED, qkv_bias=True, o_bias=True, learned_positions=True)
+
+
+def smollm3(h):
+    """Switches of SmolLM3, which has no rotary positions in every fourth layer. h: config.json."""
+    layers, step = range(h["num_hidden_layers"]), h.get("no_rope_layer_interval", 4)
+    turning = h.get("no_rope_layers") or [int((i + 1) % step != 0) for i in layers]
+    window = {}
+    if h.get("use_sliding_window"):
+        window = dict(sliding_window=h.get("sliding_window", 0),
+                      layer_types=h.get("layer_types") or [WINDOWS[not turning[i]] for i in layers])
+    return dict(llama(h), no_rope_layers=turning[:len(layers)], **window)
+
+
+def granite(h):
+    """Switches of Granite: four multipliers. h: config.json."""
+    names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+    return dict(llama(h), **{name: float(h.get(name, 1.0)) for name in names})
+
+
+def olmo2(h):
+    """Switches of OLMo 2: norms behind attention and MLP. h: config.json."""
+    return dict(llama(h), mlp_bias=False, norms="after", qk_norm=True, qk_norm_whole=True)
+
+
+def gemma3(h):
+    """Switches of Gemma 3's text models. h: config.json. Raises UserError for caps on scores or logits."""
+    refuse_set(h, "final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
+    step, bias = h.get("sliding_window_pattern", 6), h.get("attention_bias", False)
+    slides = [WINDOWS[(i + 1) % step != 0] for i in range(h["num_hidden_layers"])]
+    return dict(qkv_bias=bias, o_bias=bias, norms="both", unit_offset=True, sliding_window=h.get("sliding_window", 0),
+                layer_types=h.get("layer_types") or slides,
+                embedding_multiplier=h["hidden_size"] ** 0.5, attention_multiplier=h["query_pre_attn_scalar"] ** -0.5)
+
+
+BIASED = dict(qk_norm=False, mlp_bias=True, gated=False, layer_norm=True)
+
+
+def gpt_neox(h):
+    """Switches of GPT-NeoX (Pythia). h: config.json."""
+    bias = h.get("attention_bias", True)
+    return dict(BIASED, qkv_bias=bias, o_bias=bias, parallel=2 if h.get("use_parallel_residual", True) else 0)
+
+
+def phi(h):
+    """Switches of Phi-1, 1.5 and 2. h: config.json."""
+    return dict(BIASED, qkv_bias=True, o_bias=True, head_bias=True, parallel=1, qk_norm=h.get("qk_layernorm", False))
+
+
+def refuse_set(h, *names):
+    """Raises UserError for a field of config.json, h, that is set to something that model.py does not compute."""
+    for name in names:
+        if h.get(name):
+            raise UserError(f"{name} = {h[name]} is not supported")
 
 
 QWEN = dict(max_position_embeddings=32768, intermediate_size=22016, num_key_value_heads=32, sliding_window=4096)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+AFTER = (("attention_out_norm.", "post_attention_layernorm."), ("mlp_out_norm.", "post_feedforward_layernorm."))
 FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", qwen3, defaults=dict(QWEN, head_dim=128)),
     "qwen2": Family("Qwen2ForCausalLM", qwen2, defaults=QWEN),
@@ -163,25 +183,69 @@ FAMILIES = {
     "phi3": Family("Phi3ForCausalLM", sliding, rope_types=("default", "longrope"), partial=True, defaults=dict(
         max_position_embeddings=4096, original_max_position_embeddings=4096, intermediate_size=8192,
         rms_norm_eps=1e-5), tensors=(
-        ("self_attn.qkv_proj", QKV, False), ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), False))),
+        ("self_attn.qkv_proj", QKV, ""), ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), ""))),
+    "smollm3": Family("SmolLM3ForCausalLM", smollm3, defaults=dict(
+        max_position_embeddings=32768, intermediate_size=11008, num_key_value_heads=4, rope_theta=2e6,
+        tie_word_embeddings=True)),
+    "granite": Family("GraniteForCausalLM", granite, defaults=dict(
+        max_position_embeddings=2048, intermediate_size=11008)),
+    "olmo2": Family("Olmo2ForCausalLM", olmo2, defaults=dict(
+        max_position_embeddings=2048, intermediate_size=11008, rms_norm_eps=1e-5), prefixes=AFTER),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", gemma3, rope_types=("default", "linear"), renamed=dict(hidden_act="hidden_activation"),
+        defaults=dict(max_position_embeddings=131072, intermediate_size=9216, num_key_value_heads=4, head_dim=256,
+                      tie_word_embeddings=True, hidden_act="gelu_pytorch_tanh", rope_theta=1e6, sliding_window=4096,
+                      query_pre_attn_scalar=256, rope_local_base_freq=10000.0),
+        prefixes=(*AFTER, ("post_attention_layernorm.", "pre_feedforward_layernorm."))),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM", gpt_neox, unnamed=("num_key_value_heads", "head_dim"), partial=True,
+        defaults=dict(max_position_embeddings=2048, intermediate_size=24576, hidden_act="gelu", rms_norm_eps=1e-5,
+                      partial_rotary_factor=0.25),
+        renamed=dict(rms_norm_eps="layer_norm_eps", partial_rotary_factor="rotary_pct", rope_theta="rotary_emb_base"),
+        tensors=(("attention.query_key_value", QKV, "by head"), ("attention.dense", ("self_attn.o_proj",), ""),
+                 ("mlp.dense_h_to_4h", ("mlp.up_proj",), ""), ("mlp.dense_4h_to_h", ("mlp.down_proj",), "")),
+        prefixes=(("model.layers.", "gpt_neox.layers."), ("model.embed_tokens.", "gpt_neox.embed_in."),
+                  ("model.norm.", "gpt_neox.final_layer_norm."), ("lm_head.", "embed_out."))),
+    "phi": Family(
+        "PhiForCausalLM", phi, partial=True, renamed=dict(rms_norm_eps="layer_norm_eps"),
+        defaults=dict(max_position_embeddings=2048, intermediate_size=8192, hidden_act="gelu_new", rms_norm_eps=1e-5,
+                      partial_rotary_factor=0.5),
+        prefixes=(("self_attn.o_proj.", "self_attn.dense."), ("mlp.up_proj.", "mlp.fc1."),
+                  ("mlp.down_proj.", "mlp.fc2."), ("model.norm.", "model.final_layernorm."),
+                  ("self_attn.q_norm.", "self_attn.q_layernorm."), ("self_attn.k_norm.", "self_attn.k_layernorm."))),
     "gpt2": Family(
         "GPT2LMHeadModel", gpt2, unnamed=("num_key_value_heads", "head_dim"), rope_types=(),
         defaults=dict(max_position_embeddings=1024, tie_word_embeddings=True, hidden_act="gelu_new", rms_norm_eps=1e-5),
         renamed=dict(hidden_size="n_embd", intermediate_size="n_inner", num_hidden_layers="n_layer",
                      num_attention_heads="n_head", max_position_embeddings="n_positions",
                      rms_norm_eps="layer_norm_epsilon", hidden_act="activation_function"),
-        tensors=(("attn.c_attn", QKV, True), ("attn.c_proj", ("self_attn.o_proj",), True),
-                 ("mlp.c_fc", ("mlp.up_proj",), True), ("mlp.c_proj", ("mlp.down_proj",), True)),
+        tensors=(("attn.c_attn", QKV, "transposed"), ("attn.c_proj", ("self_attn.o_proj",), "transposed"),
+                 ("mlp.c_fc", ("mlp.up_proj",), "transposed"), ("mlp.c_proj", ("mlp.down_proj",), "transposed")),
         prefixes=(("model.layers.", "transformer.h."), ("input_layernorm.", "ln_1."),
                   ("post_attention_layernorm.", "ln_2."), ("model.embed_tokens.", "transformer.wte."),
                   ("model.embed_positions.", "transformer.wpe."), ("model.norm.", "transformer.ln_f."))),
 }
+EXPERTS = "it is a mixture of experts, and model.py has one MLP for all tokens"
+RECURRENT = "some of its layers are recurrent, and model.py has attention alone"
+REFUSED = {                                 # families that would need another block: why
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "phimoe",
+                     "llama4"), EXPERTS),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "granitemoehybrid", "jamba", "qwen3_next", "qwen3_5",
+                     "qwen3_5_text", "recurrent_gemma", "rwkv"), RECURRENT),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "its attention keeps latent vectors in place of keys and values"),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), "some of its layers are convolutions, and model.py has attention alone"),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "its layers share caches and have embeddings of their own"),
+    "gemma2": "it caps scores and logits, which no fast attention of PyTorch does",
+    "gemma3": "it reads images, too; only text models (gemma3_text, such as the 270M and the 1B) are supported"}
 # Other fields of config.json that are read; null means absent.
 HUB_FIELDS = {"slm_format": (int, 0, 2 ** 31), **dict.fromkeys(("model_type", "base_model_type"), (str,)),
               **dict.fromkeys(("switches", "rope_scaling", "rope_parameters"), (dict,)),
               "compression": (list,), "history": ([dict],), "exits": ([int], 1, 10_000),
               **dict.fromkeys(("use_sliding_window", "attention_bias", "mlp_bias", "scale_attn_weights",
-                               "scale_attn_by_inverse_layer_idx"), (bool,)),
+                               "scale_attn_by_inverse_layer_idx", "use_parallel_residual", "qk_layernorm"), (bool,)),
+              "no_rope_layers": ([int], 0, 1), "query_pre_attn_scalar": (float, 1e-6, 1e6),
+              "rope_local_base_freq": (float, 1e-3, 1e30),
+              **dict.fromkeys(("no_rope_layer_interval", "sliding_window_pattern"), (int, 1, 2 ** 31)),
               "layer_types": ([str],), "max_window_layers": (int, 0, 2 ** 31), **ROPE_FIELDS, **FIELDS}
 ENTRY = {**dict.fromkeys(("step", "data", "data_sha256", "tokenizer"), (str,)), "seed": (int,), "batch_size": (int,),
          "context": (int, 1, 2 ** 24), "val_bits_per_byte": (float,), **dict.fromkeys(("parent", "teacher"), (dict,))}
@@ -224,7 +288,7 @@ def config_from_hub(hub, config_class):
     fields = dict(num_key_value_heads=values["num_attention_heads"], intermediate_size=4 * values["hidden_size"],
                   head_dim=values["hidden_size"] // values["num_attention_heads"],
                   max_position_embeddings=family.defaults["max_position_embeddings"])
-    fields.update({k: values[k] for k in COPIED if k in values})
+    fields.update({k: values[k] for k in COPIED if k in values and k not in family.unnamed})
     rope = dict(ROPE) if "rope" in switches else rope_from_hub(values, family, fields["max_position_embeddings"])
     if rope["rope_type"] == "longrope":               # the long factors begin behind the first window: we end there
         fields["max_position_embeddings"] = min(fields["max_position_embeddings"],
@@ -244,6 +308,8 @@ def family_of(hub, switches, config_class):
     name, supported = hub.get("model_type"), f"supported: {', '.join(FAMILIES)}"
     if "auto_map" in hub and name != "phi3":          # Phi-3's directories carry a copy of the code in transformers
         raise UserError(f"the model brings its own code (auto_map in config.json), never run here; {supported}")
+    if name in REFUSED:
+        raise UserError(f"model_type {name!r} is not supported: {REFUSED[name]}")
     if name not in FAMILIES:
         raise UserError(f"model_type {name!r} is not supported; {supported}")
     return FAMILIES[name]
@@ -272,17 +338,23 @@ def rope_from_hub(values, family, window):
     if not family.rope_types:
         return dict(ROPE)
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}              # transformers 4 and 5
+    if "rope_local_base_freq" in family.defaults:                                         # Gemma 3, in both spellings
+        local = rope.get("sliding_attention") or {}
+        if local.get("rope_type", "default") != "default":
+            raise UserError(f"sliding layers with rope_type {local['rope_type']!r} are not supported")
+        rope = {**rope.get("full_attention", rope),
+                "local_theta": local.get("rope_theta") or values["rope_local_base_freq"]}
     rope = {k: v for k, v in rope.items() if v is not None}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if family.partial and kind in ("su", "yarn"):                                         # Phi-3's old names
-        kind = "longrope"
+    if kind in ("su", "yarn") and "longrope" in family.rope_types and "yarn" not in family.rope_types:
+        kind = "longrope"                                                                 # Phi-3's old names
     rope = {**ROPE, **{k: values[k] for k in ("rope_theta", "partial_rotary_factor") if k in values}, **rope,
             "rope_type": kind}
     refuse_rope(rope, family)
-    if kind in ("llama3", "longrope"):
+    if kind in ("llama3", "longrope", "yarn"):
         first = values if "original_max_position_embeddings" in family.defaults else rope
         rope["original_max_position_embeddings"] = first.get("original_max_position_embeddings", window)
-    if kind == "longrope":
+    if kind in ("longrope", "yarn"):
         check_values(rope, ROPE_FIELDS, "config.json")
         rope.setdefault("factor", window / rope["original_max_position_embeddings"])
     return rope
@@ -329,22 +401,29 @@ def family_config(config):
             "slm_format": FORMAT}
 
 
-def tensors_from_hub(tensors, model_type, model_tensors):
+# Buffers in old checkpoints, not weights.
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
+
+
+def tensors_from_hub(tensors, config, model_tensors):
     """Tensors under model.py's names: fused ones are split, transposed ones turned back.
 
     tensors: {the family's name: tensor}; model_tensors: the model's own, for the shapes
     """
-    family, shapes = FAMILIES[model_type], {name: t.shape for name, t in model_tensors.items()}
+    family, shapes = FAMILIES[config.model_type], {name: t.shape for name, t in model_tensors.items()}
     result = {}
     for name, t in tensors.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
-            continue                                  # buffers in old checkpoints, not weights
-        if family.prefixes and not name.startswith(("transformer.", "lm_head.")):
+        if name.endswith(BUFFERS):
+            continue
+        if config.model_type == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
             name = "transformer." + name              # the first GPT-2 checkpoints lack this prefix
         for model_prefix, hub_prefix in family.prefixes:
             name = name.replace(hub_prefix, model_prefix)
-        names, transposed = parts_of(name, family)
-        t = t.t().contiguous() if transposed and t.ndim == 2 else t                   # (in, out) -> (out, in)
+        names, layout = parts_of(name, family)
+        if layout == "transposed" and t.ndim == 2:
+            t = t.t().contiguous()                                                    # (in, out) -> (out, in)
+        if layout == "by head" and len(t) % (3 * config.num_attention_heads) == 0:    # -> (3 * heads * D, ...)
+            t = t.unflatten(0, (config.num_attention_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
         rows = [shapes[n][0] if n in shapes else 0 for n in names]
         if len(names) == 1 or sum(rows) != len(t):    # a wrong sum is reported by name and shape later
             result[names[0]] = t
@@ -354,24 +433,28 @@ def tensors_from_hub(tensors, model_type, model_tensors):
 
 
 def parts_of(name, family):
-    """(model.py's names of the tensors fused in the family's `name`, whether it is transposed)."""
+    """(model.py's names of the tensors fused in the family's `name`, their layout in it)."""
     module, _, kind = name.rpartition(".")            # kind: weight or bias
-    for hub_module, parts, transposed in family.tensors:
+    for hub_module, parts, layout in family.tensors:
         if module.endswith("." + hub_module):
-            return [module.removesuffix(hub_module) + part + "." + kind for part in parts], transposed
-    return [name], False
+            return [module.removesuffix(hub_module) + part + "." + kind for part in parts], layout
+    return [name], ""
 
 
-def tensors_to_hub(tensors, model_type):
+def tensors_to_hub(tensors, config):
     """Tensors under the family's names: the inverse of tensors_from_hub."""
-    family = FAMILIES[model_type]
+    family = FAMILIES[config.model_type]
     result = dict(tensors)
-    for hub_module, parts, transposed in family.tensors:
+    for hub_module, parts, layout in family.tensors:
         for name in [n for n in result if n.rpartition(".")[0].endswith("." + parts[0])]:
             module, _, kind = name.rpartition(".")
             base = module.removesuffix(parts[0])
             t = torch.cat([result.pop(base + part + "." + kind) for part in parts])   # (rows, in) each -> (sum, in)
-            result[base + hub_module + "." + kind] = t.t().contiguous() if transposed and t.ndim == 2 else t
-    for model_prefix, hub_prefix in family.prefixes:
+            if layout == "transposed" and t.ndim == 2:
+                t = t.t().contiguous()                                                # (out, in) -> (in, out)
+            if layout == "by head":                                # (3 * heads * D, ...) -> (heads * 3 * D, ...)
+                t = t.unflatten(0, (3, config.num_attention_heads, -1)).transpose(0, 1).flatten(0, 2)
+            result[base + hub_module + "." + kind] = t
+    for model_prefix, hub_prefix in reversed(family.prefixes):
         result = {name.replace(model_prefix, hub_prefix): t for name, t in result.items()}
     return result

@@ -22,7 +22,7 @@ from data import UserError, heldout
 from data.chain import (MEASURING, chain_name, check_flags, check_order, check_together, needs_text, needs_training,
                         open_stages, parse_chain, resume_hint)
 from data.chat import readable_pieces
-from data.checkpoints import by_name, checkpoint_hash, find_model, model_name, tokenizer_of
+from data.checkpoints import by_name, checkpoint_hash, find_model, model_name, tokenizer_of, weight_files
 from data.console import Parser, run
 from data.files import write_json
 from data.loader import Windows
@@ -146,7 +146,7 @@ def measure(models, batches, token_bytes, directories=None, other_text=None, pro
         quality[name] = {**alone, "kl": None, "kl_p999": None, "agreement": None}
     for name, model in models.items():
         parameters, resident, where = model.parameters_count(), model.resident_bytes(), directories.get(name)
-        files = find_model(where).glob("*.safetensors") if where else ()
+        files = weight_files(where) if where else ()
         peak, empty = peak_alone(where, model, prompt_tokens, new_tokens) if where else (None, None)
         device = next(model.parameters()).device
         rows.append({"name": name, "parameters": parameters,

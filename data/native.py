@@ -18,6 +18,7 @@ from torch import nn
 
 from data.compiled import build_library, built_library
 from data.console import say_once
+from data.rotary import ENDING
 from data.structure import has_quantized
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -216,7 +217,8 @@ class NativeAttention(Accelerated):
     """Normalization, rotary positions and transposition of queries and keys in one pass."""
     def to_heads(self, x, norm, rotary):
         x, weight = widened(x), getattr(norm, "weight", None)
-        if rotary is None or isinstance(norm, nn.LayerNorm) or not applies(x, weight):
+        unknown = type(norm).__name__ in ("LayerNorm", "OffsetNorm") or self.norm_first
+        if rotary is None or unknown or not applies(x, weight):
             return super().to_heads(x, norm, rotary)
         return proven(
             super().to_heads, lambda: HeadsInC.apply(x.unflatten(-1, (-1, self.head_dim)), weight,
@@ -396,12 +398,18 @@ PROJECTIONS = (("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")), ("mlp", 
 KNOWN = ("Linear", "Int8Linear", "Int4Linear", "LowRankLinear")          # kinds of layers that kernels.c has
 
 
+# Switches of Config that kernels.c lacks, as it takes them.
+USUAL = dict(layer_norm=False, learned_positions=False, gated=True, hidden_act="silu", no_rope_layers=None,
+             qk_norm_whole=False, unit_offset=False, norms="before", parallel=0, embedding_multiplier=1.0,
+             residual_multiplier=1.0, attention_multiplier=0.0, logits_scaling=1.0)
+
+
 def knows(body, cache):
     """Whether kernels.c has blocks like those of a Body: the usual kind, float32, contiguous, on a CPU."""
     c = body.config
     layers = [getattr(getattr(block, part), name) for block in body.layers for part, names in PROJECTIONS
               for name in names]
-    return (not c.layer_norm and not c.learned_positions and c.gated and c.hidden_act == "silu"
+    return (all(getattr(c, name) == usual for name, usual in USUAL.items()) and "local_theta" not in c.rope
             and all(type(m).__name__ in KNOWN for m in layers)         # a subclass computes what C does not know
             and all(t.dtype == torch.float32 and t.is_contiguous() and t.device.type == "cpu"
                     for t in (cache.keys[0], *body.parameters()))
@@ -441,7 +449,7 @@ class Decoder:
     def takes(self, body, ids):
         """Whether C applies to the next tokens ids (B, T): few rows, room in the cache, no hook, no gradients."""
         (B, T), end = ids.shape, self.cache.length + ids.shape[1]
-        outside = body.config.rope["rope_type"] == "longrope" and end > body.config.max_position_embeddings
+        outside = body.config.rope["rope_type"] in ENDING and end > body.config.max_position_embeddings
         return (body is self.body and B * T < FEW and B == len(self.cache.keys[0])
                 and end <= self.cache.keys[0].shape[2] and not outside and not any(self.hooks)
                 and not torch.compiler.is_compiling() and not torch.jit.is_tracing())

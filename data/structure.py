@@ -14,7 +14,8 @@ AXES = {"model.embed_tokens": ("vocab", "width"), "model.embed_positions": ("", 
         "self_attn.v_proj": ("keys", "width"), "self_attn.o_proj": ("width", "queries"),
         "mlp.gate_proj": ("ffn", "width"), "mlp.up_proj": ("ffn", "width"), "mlp.down_proj": ("width", "ffn"),
         "self_attn.q_norm": ("",), "self_attn.k_norm": ("",), "input_layernorm": ("width",),
-        "post_attention_layernorm": ("width",), "model.norm": ("width",)}
+        "post_attention_layernorm": ("width",), "attention_out_norm": ("width",), "mlp_out_norm": ("width",),
+        "model.norm": ("width",)}
 
 
 def split_name(name):
@@ -78,10 +79,13 @@ def layers_that_stay(config, indices):
 
 def shaped(config, layers, **sizes):
     """The config with only these layers, and with other sizes."""
-    types = config.layer_types or config.hub.get("layer_types")     # transformers names them where none slides, too
-    types = types and [types[i] for i in layers]
-    return dataclasses.replace(config, num_hidden_layers=len(layers), layer_types=config.layer_types and types, **sizes,
-                               hub={**config.hub, **({"layer_types": types} if types else {})})
+    lists = {}
+    for name in ("layer_types", "no_rope_layers"):
+        values = getattr(config, name) or config.hub.get(name)      # transformers names types where none slides, too
+        if values:
+            lists[name] = [values[i] for i in layers]
+    ours = {name: values for name, values in lists.items() if getattr(config, name)}
+    return dataclasses.replace(config, num_hidden_layers=len(layers), **ours, **sizes, hub={**config.hub, **lists})
 
 
 @torch.no_grad()
@@ -170,6 +174,9 @@ def candidate_sizes(step, model):
     if step.name in ("heads", "width") and "head_dim" in FAMILIES[c.model_type].unnamed:
         raise UserError(f"{step.name}: the config.json of {c.model_type} has no head_dim: other programs divide the "
                         "width by the heads, which would be wrong with fewer: use ffn or depth")
+    if step.name in ("heads", "width") and c.qk_norm and c.qk_norm_whole:
+        raise UserError(f"{step.name}: the queries of all heads share one norm in {c.model_type}, so fewer heads would "
+                        "change those that stay: use ffn or depth")
     for name in model.state_dict() if step.name != "depth" else ():
         axes_of(name)
     if step.name == "width":

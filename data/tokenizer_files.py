@@ -3,6 +3,7 @@ import functools, json, re
 from pathlib import Path
 
 from data import UserError
+from data.adapters import base_of
 from data.vocabulary import tokenizer_json
 
 MOST_IDS = 1 << 24  # a larger id in a file is a mistake: the list of all tokens would fill the memory
@@ -50,7 +51,8 @@ def read_tokenizer(directory):
     GPT-2's vocab.json and merges.txt stand in for tokenizer.json. Raises UserError if there is
     neither, or a file cannot be read; check_tokenizer and check_tokenizer_config check the values.
     """
-    directory = Path(directory)
+    base = base_of(directory)                         # the directory itself, unless this is an adapter
+    directory = Path(directory) if (Path(directory) / "tokenizer.json").is_file() else base
     data, config = read_object(directory / "tokenizer.json"), read_object(directory / "tokenizer_config.json")
     names = read_object(directory / "special_tokens_map.json")
     check_tokenizer_config(names, directory / "special_tokens_map.json")
@@ -58,7 +60,7 @@ def read_tokenizer(directory):
         if config.get(key) is None and names.get(key) is not None:
             config[key] = names[key]
     ends = [i for name in ("generation_config.json", "config.json")
-            for i in end_ids(read_object(directory / name), directory / name)]
+            for i in end_ids(read_object(base / name), base / name)]
     if (directory / "chat_template.jinja").is_file():
         config["chat_template"] = read_text(directory / "chat_template.jinja")
     if not (directory / "tokenizer.json").is_file():

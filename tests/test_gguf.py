@@ -312,7 +312,7 @@ def test_added_tokens_and_bos(tokenizer, tmp_path):
     ("llama", dict(rope_scaling=dict(LONG, short_factor=[1.0] * 8, long_factor=[2.0] * 8)), "llama has no rope_type 'longrope'"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor"), ("qwen2", dict(head_dim=32), "num_attention_heads x head_dim"),
     ("llama", dict(hidden_act="gelu"), "hidden_act 'gelu'"), ("gpt2", dict(activation_function="relu"), "hidden_act 'relu'"),
-    ("qwen3", dict(attention_bias=True), "attention_bias"), ("llama", dict(vocab_size=280), "the model only 280")])
+    ("qwen3", dict(attention_bias=True), "qkv_bias"), ("llama", dict(vocab_size=280), "the model only 280")])
 def test_what_llama_cpp_does_not_have(case, changes, match, tokenizer, tmp_path):
     pytest.importorskip("gguf")
     with pytest.raises(UserError, match=match):

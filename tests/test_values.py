@@ -126,8 +126,9 @@ def test_a_table_of_types():
 def test_an_absent_field_has_the_familys_default(family):
     transformers = pytest.importorskip("transformers", "5")
     renamed = FAMILIES[family].renamed
-    sizes = {renamed.get(k, k): 32 if k == "num_attention_heads" else v for k, v in SIZES.items()}
-    for more in ({}, {"num_key_value_heads": None})[:1 if family == "mistral" else 2]:      # transformers refuses null there
+    sizes = {**SIZES, "num_attention_heads": 32, "hidden_size": 512 if FAMILIES[family].partial else 64}     # or no channel rotates
+    sizes = {renamed.get(k, k): v for k, v in sizes.items()}
+    for more in ({}, {"num_key_value_heads": None})[:1 if family in ("mistral", "gemma3_text") else 2]:      # transformers refuses null there
         theirs = transformers.CONFIG_MAPPING[family](**sizes, **more)
         ours = config_of({"model_type": family, **sizes, **more})
         for name in ("max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "hidden_act", "intermediate_size", "num_key_value_heads",
@@ -135,7 +136,9 @@ def test_an_absent_field_has_the_familys_default(family):
             if (value := getattr(theirs, renamed.get(name, name), None)) is not None:
                 assert getattr(ours, name) == value, name
         if family != "gpt2":
-            assert ours.rope["rope_theta"] == theirs.rope_parameters["rope_theta"]
+            rope = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+            assert ours.rope["rope_theta"] == rope["rope_theta"]
+            assert ours.rope["partial_rotary_factor"] == rope.get("partial_rotary_factor", 1.0)
     if family == "mistral":
         assert config_of({"model_type": family, **sizes, "sliding_window": None}).sliding_window == 0
 
@@ -175,7 +178,7 @@ def test_rotary_positions_equal_transformers_or_are_refused(family, rope, tmp_pa
         assert (model(ids) - expected).abs().max() < 1e-3 * expected.abs().max()
         save(model, tmp_path / "again")
         assert load(tmp_path / "again").config == model.config or load(tmp_path / "again").config.rope == model.config.rope
-    known = {"longrope", "longrope-by-window", "attention_factor", "linear", "llama3", "theta"} if family != "phi3" else {
+    known = {"longrope", "longrope-by-window", "attention_factor", "linear", "llama3", "theta", "dynamic", "yarn"} if family != "phi3" else {
         "longrope", "longrope-by-window", "attention_factor", "partial", "theta"}
     assert (refused is None) == (rope in known), refused
     assert refused is None or "config.json" in refused and ("rope_type" in refused or "partial_rotary_factor" in refused)
@@ -207,7 +210,7 @@ def test_names_of_wrapped_models(written, wrap):
         load(written)
 
 
-@pytest.mark.parametrize("name, says", [("adapter_config.json", "merge it"), ("adapter_model.safetensors", "an adapter"),
+@pytest.mark.parametrize("name, says", [("adapter_config.json", "merge it"), ("adapter_model.safetensors", "without its"),
                                         ("quantize_config.json", "settings of quantized weights")])
 def test_adapters_and_quantization_settings_are_refused_by_name(written, name, says):
     (written / name).write_text("{}", encoding="utf-8")
