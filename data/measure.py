@@ -26,7 +26,7 @@ from data.checkpoints import by_name, checkpoint_hash, find_model, model_name, t
 from data.console import Parser, run
 from data.files import write_json
 from data.loader import Windows
-from data.machine import accelerate, how_quantized_layers_run, in_dtype, pick_device, threads_for
+from data.machine import accelerate, how_quantized_layers_run, in_dtype, logits_at_once, pick_device, threads_for
 from data.prepare import encode_example
 from data.report import (Progress, check_report, evaluation_conditions, evaluation_table, step_by_step, table,
                          write_distillation, write_lines, write_report)
@@ -54,7 +54,7 @@ def compare(models, batches, token_bytes):
     """
     device, ids = next(next(iter(models.values())).parameters()).device, len(token_bytes)
     token_bytes = torch.as_tensor(token_bytes, device=device)
-    rows = max(1, 2 ** 21 // max(m.config.vocab_size for m in models.values()))
+    rows = max(1, logits_at_once(device) // max(m.config.vocab_size for m in models.values()))
     # Numbers, not tensors: small tensors pin the memory of the logits that were freed beside them.
     nats, same = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0)
     divergence = {name: array.array("f") for name in models}
@@ -463,7 +463,7 @@ def report(cfg, machine, models, val, tokenizer, cached):
     with in_dtype(machine):
         rows = compare(models, val.evaluation_batches(max(1, 8192 // cfg.context), cfg.eval_tokens),
                        tokenizer.token_bytes())
-        speeds = speed({n: m for n, m in models.items() if n != "control"}, window // 2, max(1, window // 4))
+    speeds = speed({n: m for n, m in models.items() if n != "control"}, window // 2, max(1, window // 4))
     base, runs = next(iter(rows.values()))["bits_per_byte"], {"student": out, "control": out / "control"}
     for name, row in rows.items():
         figures_of_speed = speeds["student" if name == "control" else name]      # the two have one shape

@@ -43,6 +43,13 @@ def has_quantized(module):
     return any(map(is_quantized, module.modules()))
 
 
+def hooks_of(module):
+    """The dicts in which PyTorch keeps hooks on the forward passes in a module: empty where there are none."""
+    everywhere = nn.modules.module
+    return [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks,
+            *(hooks for m in module.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks))]
+
+
 def dense_layers(model):
     """{name: layer} of all dense matrices, without a tied head and learned positions."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))
