@@ -525,7 +525,8 @@ def fine_tune(model, tokenizer, step, entry, args, make_loss, steps, evaluated=l
                         "--name NAME")
     rates = {**train.FINE_TUNE, **dict.fromkeys(("lr", "embed_lr", "matrix_lr"), args.lr)}
     cfg = DistillConfig(**rates, **settings, out=str(run_dir), resume=is_saved(run_dir / "last"), steps=steps,
-                        context=context, seed=args.seed, native=args.native, eval_tokens=2048 if args.smoke else 131072)
+                        context=context, seed=args.seed, native=args.native, device=args.device,
+                        eval_tokens=2048 if args.smoke else 131072)
     windows, val = (Windows(source, split, context) for split in ("train", "val"))
     entry = {**entry, "data": windows.meta["name"], "data_sha256": windows.meta["sha256"], "seed": args.seed,
              "context": context, "batch_size": cfg.batch_size, "lr": args.lr, "total": steps}
@@ -543,7 +544,7 @@ def fine_tune(model, tokenizer, step, entry, args, make_loss, steps, evaluated=l
     train.fit(student, batches, loss_fn, cfg, machine, evaluate=lambda student: score(evaluated(student)),
               tokenizer=tokenizer, entry=entry, reading=windows.per_epoch * context, after_step=keep_zeros(model))
     trained = copy.deepcopy(load(run_dir / "best"))              # the memory-mapped file is about to be removed
-    return trained, trained.history.pop()
+    return trained.to(next(model.parameters()).device), trained.history.pop()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from data.chat import converse, readable_pieces, speak
 from data.checkpoints import find_model, model_name, tokenizer_of
 from data.console import Parser, decoded, run
 from data.graphs import decoding, one_launch
-from data.machine import (accelerate, how_quantized_layers_run, is_accelerated, logits_at_once, pick_device, threads_for,
-                          threads_of)
+from data.machine import (accelerate, how_quantized_layers_run, is_accelerated, is_fast_on_cpu, logits_at_once,
+                          pick_device, threads_for, threads_of)
 from model import KVCache, load
 
 
@@ -442,12 +442,27 @@ def check_arguments(args, default_margin):
                             (f" and at most {most}" if most else ""))
 
 
-def open_model(path, device, native=True):
-    """(model, tokenizer) of a directory; native: with kernels in C. Raises UserError."""
+def open_model(path, device, native=True, dtype=None):
+    """(model, tokenizer) of a directory; native: with kernels in C. Raises UserError.
+
+    dtype: on a GPU; None: the stored one. A CPU is slow at 16 bits and gets float32.
+    """
     directory = find_model(path)
-    dtype = torch.float32 if device.type == "cpu" else None                    # a CPU is slow at 16 bits
+    dtype = torch.float32 if device.type == "cpu" else dtype
     model = load(directory, device, dtype, finite=False)                       # see refuse_not_a_number
     return accelerate(model, native), tokenizer_of(model, directory)
+
+
+def device_of(args):
+    """The device of --device for generation: `auto` may be the CPU beside a GPU, and then says so."""
+    device = pick_device(args.device)
+    if args.device == "auto" and device.type == "cuda" and not (args.draft or args.escalate):
+        model = accelerate(load(args.model, finite=False), args.native)        # mapped: nothing is read yet
+        if is_fast_on_cpu(model):
+            print(f"so small a model is faster in C on the CPU than on this GPU; --device {device} takes the GPU",
+                  file=sys.stderr)
+            return torch.device("cpu")
+    return device
 
 
 def partner(flag, args, model):
@@ -532,7 +547,7 @@ def main(argv=None):
     args.model = args.model[0]
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p",
                                                        "repetition_penalty")}
-    prompt, device = read_prompt(args), pick_device(args.device)
+    prompt, device = read_prompt(args), device_of(args)
     model, tokenizer = open_model(args.model, device, args.native)
     window, threads = model.config.max_position_embeddings, threads_for(model, args.threads, device)
     write, report, takeover = writer(args, model, tokenizer)

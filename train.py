@@ -23,7 +23,7 @@ from data import UserError
 from data.chat import speak
 from data.checkpoints import find_model, tokenizer_of
 from data.console import flags_of, run
-from data.loader import IGNORE, Windows
+from data.loader import IGNORE, Windows, read_meta
 from data.machine import (DTYPES, accelerate, fastest, in_dtype, in_turns, logits_at_once, prepared, require_memory,
                           set_up, to_device)
 from data.processes import (agree, all_sum, clip_gradients, local_part, on_whole_matrices, one_voice, summed_gradients,
@@ -98,12 +98,19 @@ class TrainConfig:
 ADAMW = dict(matrix_lr=0.003, beta1=0.9)
 # Fine-tuning: small steps of all weights keep the knowledge of the model.
 FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, beta1=0.9, decay=1.0)
-# More time wants a few more parameters: see tests/bench_train.py scale. `gpu` was never run: these
-# are usual settings for one large GPU, which want far more text than `stdlib` has.
+# More time wants a few more parameters: see tests/bench_train.py scale.
+# `gpu` is an hour on one H100 by arithmetic: it has never run. 12 layers of width 768 have 110 million
+# parameters in matrices and head, and cost 760 MFLOP a token of training. At 38 % of a product's rate
+# (790 TFLOP/s in bfloat16) that is 400,000 tokens/s, 1.4 billion in the hour, 13 for each of these
+# parameters; nanochat measured 12 as the best at this size. (The fit of the six small runs in README.md
+# would say 12 million parameters, from sizes between 0.7 and 2.6 million: too far away.) The batch of
+# 2^19 tokens and the rates are nanochat's for this size, too. 64 windows at once take about 30 GB.
 PRESETS = {
     "hour": dict(minutes=60.0, width=128, context=512, evals=10),
-    "gpu": dict(minutes=60.0, layers=12, width=768, heads=12, vocab_size=32768, context=1024, batch_size=64, evals=10,
-                lr=0.004, warmup=100, compile=True)}
+    "gpu": dict(minutes=60.0, layers=12, width=768, heads=12, vocab_size=32768, context=1024, batch_size=512,
+                micro_batch=64, lr=0.008, embed_lr=0.3, beta1=0.8, momentum=0.95, newton_schulz=5, warmup=40, evals=10,
+                save_seconds=600.0, compile=True)}
+LEAST_TEXT = 50_000_000                 # training tokens for `gpu`: it reads text of this size 29 times
 SMOKE = dict(steps=6, layers=2, width=32, heads=2, context=64, batch_size=4, evals=2, eval_tokens=2048, warmup=2)
 
 CHOICES = dict(optimizer=("muon", "adamw"), schedule=("wsd", "cosine"), dtype=tuple(DTYPES))
@@ -125,6 +132,15 @@ def parse(config_class, description, argv=None, positional=(), hidden=()):
     defaults = {**PRESETS.get(preset, {}), **(ADAMW if given.get("optimizer") == "adamw" else {}),
                 **(FINE_TUNE if given.get("init_from") else {}), **(SMOKE if given.get("smoke") else {})}
     return config_class(**{**defaults, **given}), set(given)
+
+
+def require_text(cfg, directory):
+    """Raises UserError if --preset gpu is to learn a toy corpus."""
+    tokens = read_meta(directory)["splits"]["train"]["tokens"]
+    if cfg.preset == "gpu" and tokens < LEAST_TEXT and not (cfg.smoke or cfg.resume):
+        raise UserError(f"--preset gpu reads about 1.4 billion tokens in its hour, and {cfg.data} has {tokens:,}: "
+                        "python data/prepare.py fineweb-edu --size 2GB --vocab-size 32768 downloads and prepares more "
+                        "(then --data fineweb-edu), or prepare more text of your own (--input DIR --name NAME)")
 
 
 def heads_of(cfg):
@@ -547,6 +563,7 @@ def main(argv=None):
     check_training(cfg)
     machine = set_up(cfg)
     directory = open_data(cfg, given, machine)
+    require_text(cfg, directory)
     tokenizer = Tokenizer.load(directory)
     model = model_to_train(cfg, given, tokenizer, machine)
     train, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))

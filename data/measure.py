@@ -278,7 +278,7 @@ def evaluate_command(args):
     device, results = pick_device(args.device), {}
     threads_for(None, args.threads or torch.get_num_threads(), device)
     for name, directory in directories.items():
-        start, (model, tokenizer) = time.perf_counter(), open_model(directory, device, args.native)
+        start, (model, tokenizer) = time.perf_counter(), open_model(directory, device, args.native, torch.float32)
         results[name] = evaluate(model, tokenizer, lines, answered, args.max_new_tokens, name)
         print(f"[{name}: {len(lines):,} responses scored, {count} prompts answered in "
               f"{time.perf_counter() - start:.0f} s]", file=sys.stderr)
@@ -310,6 +310,7 @@ def ruler(directories, args, command):
         raise UserError("--escalate measures two models at work together, a small and a large one with the same "
                         "tokenizer: data/measure.py SMALL BIG --escalate")
     base, files = next(iter(models)), dict(directories)
+    dtype = torch.float32 if device.type == "cpu" else models[base].dtype         # of all; a CPU is slow at 16 bits
     window = min(model.config.max_position_embeddings for model in models.values())
     new_tokens = args.new_tokens or max(1, min(64, window // 4))
     prompt = args.prompt_tokens or max(1, min(256, window - new_tokens))
@@ -321,7 +322,6 @@ def ruler(directories, args, command):
     print(f"measuring {', '.join(models)} on {device}: {protocol}", flush=True)
 
     def rows_of(names):
-        dtype = torch.float32 if device.type == "cpu" else None                   # a CPU is slow at 16 bits
         models = {name: accelerate(load(directories[name], device, dtype), args.native) for name in (base, *names)}
         others = {name: (batches[name], tokenizers[name].token_bytes()) for name in names
                   if tokenizers[name].hash != tokenizers[base].hash}
@@ -417,7 +417,7 @@ def sweep_command(args, command):
     chains = chains_of(args, model)
     args.measure = [args.model]                                  # the model whose history names the text
     scored_text(args, {base: tokenizer}, model.history, calibration_context(model))      # refuses before any work
-    open_stages(out, args, MEASURING)
+    open_stages(out, args, (*MEASURING, "device"))
     with resume_hint(out):
         args.run = str(out / "model.run")
         if any(map(needs_text, chains)) and calibration_data(model, tokenizer, args).is_file():
