@@ -1,6 +1,6 @@
 """What a GPU must compute: skipped without one. CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_cuda.py
 
-The last test needs none: on a device that holds no numbers (PyTorch's fake tensors) a mixture of
+The last tests need none. On a device that holds no numbers (PyTorch's fake tensors) a mixture of
 devices raises, and so does each number that Python reads, for which a GPU would have to be waited for.
 """
 import copy, os, subprocess, sys
@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import compress, sample, train
-from data.graphs import Replay, one_launch
+from data.graphs import FixedCache, Replay, one_launch
 from data.loader import Batch
+from data.machine import accelerate, is_accelerated, is_fast_on_cpu
 from data.runs import read_log
+from data.structure import body_layers
 from model import LAYERS, Config, KVCache, Transformer, load
 
 from shared import ROOT
@@ -115,6 +117,30 @@ def test_too_little_memory_is_one_sentence(data, tmp_path):
 
 
 # --- without a GPU ---
+
+@pytest.mark.parametrize("kind", (*KINDS, "int8"))
+def test_a_fixed_cache_gives_the_logits_of_a_growing_one(kind):
+    model, ids = random_model("plain" if kind == "int8" else kind), ids_of(2, 24)
+    if kind == "int8":
+        for name, layer in body_layers(model).items():
+            model.replace({"module": name, "kind": "int8"}, LAYERS["int8"].from_dense(layer))
+    with torch.inference_mode():
+        plain, twin = (KVCache(model.config, 2, 26, "cpu", torch.float32) for _ in range(2))
+        for cache in (plain, twin):
+            model(ids[:, :5], cache=cache)
+        fixed = FixedCache(twin)
+        for i in range(5, 24):                                   # beyond the window of the sliding layers
+            expected, found = (model(ids[:, i:i + 1], cache=cache) for cache in (plain, fixed))
+            assert close(found, expected, 1e-5) and int(fixed.length) == plain.length == i + 1
+        assert all(close(a, b, 1e-5) for a, b in zip(fixed.keys + fixed.values, plain.keys + plain.values))
+
+
+def test_a_small_model_generates_on_the_cpu_where_the_kernels_are():
+    wide = Transformer(Config(**{**SHAPE, "hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 1}))
+    small = random_model("plain")
+    assert not is_fast_on_cpu(small) and not is_fast_on_cpu(wide)                   # PyTorch alone
+    assert is_fast_on_cpu(accelerate(small)) == is_accelerated(small) and not is_fast_on_cpu(accelerate(wide))
+
 
 PRETEND = """
 import sys, traceback; sys.path.insert(0, sys.argv[1])
