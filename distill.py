@@ -209,6 +209,7 @@ class Distillation(nn.Module):
         self.teacher = [teacher]                      # in a list it is no submodule: not trained, not saved
         self.layers, self.vocab_size, self.cfg = layers, vocab_size, cfg
         self.register_buffer("teacher_seconds", torch.zeros(()))
+        self.running = collections.deque()            # pairs of events on a GPU: see `timed`
         # A new term is a line here, (name in the log, weight, method), and the method: it gives the
         # distance (B * T,) of the student's States in layer i from the teacher's.
         self.terms = []
@@ -234,7 +235,20 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def timed(self, function, *args, **options):
-        """The result of a function of the teacher, whose time is added to teacher_seconds."""
+        """The result of a function of the teacher, whose time is added to teacher_seconds.
+
+        A GPU is not waited for: it notes the times itself, and what is finished is added.
+        """
+        if self.teacher_seconds.is_cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            result = function(*args, **options)
+            end.record()
+            self.running.append((start, end))
+            while self.running and self.running[0][1].query():
+                start, end = self.running.popleft()
+                self.teacher_seconds += start.elapsed_time(end) / 1000                 # milliseconds
+            return result
         start, result = time.perf_counter(), function(*args, **options)
         synchronize(result.device)
         self.teacher_seconds += time.perf_counter() - start

@@ -97,7 +97,8 @@ def one_launch(model, cache):
             or any(hooks_of(model))):
         return plain
     try:
-        return Replay(model, cache)
+        with torch.cuda.stream(torch.cuda.current_stream(device)):   # a failed recording would leave another stream on
+            return Replay(model, cache)
     except RuntimeError as error:
         say_once(f"CUDA graphs do not work here ({str(error).splitlines()[0]}): each token is launched kernel by "
                  "kernel, which is slower")

@@ -348,7 +348,8 @@ def prepared(forward, first_batch, cfg, machine, functions):
     """A ModelAndLoss with dropout, activation checkpointing, torch.compile, and DDP or FSDP.
 
     first_batch() gives a Batch for the first compilation; functions: globals() of train.py, whose
-    softmax_gradient is compiled on a GPU
+    softmax_gradient is compiled on a GPU. Where compilation fails, a sentence says so and nothing
+    is compiled; with FSDP a UserError is raised.
     """
     body, fsdp = forward.model.model, cfg.fsdp and machine.size > 1
     body.checkpoint = cfg.checkpoint_activations
@@ -358,7 +359,7 @@ def prepared(forward, first_batch, cfg, machine, functions):
     if fsdp:
         shard(forward, machine)
     if cfg.compile:
-        for block in body.layers:                        # all blocks share one compilation: a model takes minutes
+        for block in body.layers:                        # one compilation for all blocks: a whole model's takes minutes
             block.compile()                              # in place: no prefix in the state dict
         if machine.device.type == "cuda":
             functions["softmax_gradient"] = torch.compile(inspect.unwrap(functions["softmax_gradient"]), dynamic=False)

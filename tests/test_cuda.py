@@ -20,7 +20,8 @@ from shared import ROOT
 from test_train import TINY, data  # noqa: F401: a fixture
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden by conftest.py: CUDA_VISIBLE_DEVICES=0")
-SHAPE = dict(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, head_dim=16)
+SHAPE = dict(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
+             max_position_embeddings=64)
 KINDS = {"plain": {}, "grouped": dict(num_key_value_heads=2), "tied": dict(tie_word_embeddings=True),
          "sliding": dict(sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
          "gpt2": dict(model_type="gpt2", qk_norm=False, qkv_bias=True, o_bias=True, mlp_bias=True, gated=False, layer_norm=True,
@@ -74,7 +75,7 @@ def test_a_graph_writes_the_text_of_the_model(kind, monkeypatch):
         cache = KVCache(model.config, 2, 64, "cuda", torch.float32)
         model(ids_of(2, 5).cuda(), cache=cache)
         assert isinstance(one_launch(model, cache), Replay)
-    text = lambda: torch.stack(list(sample.generate(model, ids_of(2, 5), 300, temperature=0))).tolist()    # a window and more
+    text = lambda: torch.stack(list(sample.generate(model, ids_of(2, 5), 80, temperature=0))).tolist()     # a window and more
     replayed = text()
     monkeypatch.setattr(sample, "one_launch", lambda model, cache: lambda ids: model(ids, cache=cache))
     assert replayed == text()
@@ -111,8 +112,10 @@ def test_compression_equals_that_of_the_cpu(data, tmp_path, chain):
 
 @gpu
 def test_too_little_memory_is_one_sentence(data, tmp_path):
-    done = subprocess.run([sys.executable, "train.py", "--data", data, "--out", tmp_path / "out", "--context", "32", "--batch-size",
-                           str(2 ** 22), "--device", "cuda", "--width", "1024"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    code = ("import sys, torch; sys.path.insert(0, '.'); torch.cuda.set_per_process_memory_fraction(0.002); import train; "
+            "from data.console import run; run(train.main)")
+    done = subprocess.run([sys.executable, "-c", code, "--data", data, "--out", tmp_path / "out", *TINY, "--device", "cuda", "--width",
+                           "1024", "--layers", "8"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and "lower --micro-batch" in done.stderr
 
 
