@@ -239,7 +239,7 @@ class Distillation(nn.Module):
 
         A GPU is not waited for: it notes the times itself, and what is finished is added.
         """
-        if self.teacher_seconds.is_cuda:
+        if next(self.teacher[0].parameters()).is_cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             result = function(*args, **options)
