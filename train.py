@@ -26,6 +26,7 @@ from data.console import flags_of, run
 from data.loader import IGNORE, Windows, read_meta
 from data.machine import (DTYPES, accelerate, fastest, in_dtype, in_turns, logits_at_once, prepared, require_memory,
                           set_up, to_device)
+from data.prepare import find
 from data.processes import (agree, all_sum, clip_gradients, local_part, on_whole_matrices, one_voice, summed_gradients,
                             unsharded)
 from data.report import picture
@@ -99,12 +100,13 @@ ADAMW = dict(matrix_lr=0.003, beta1=0.9)
 # Fine-tuning: small steps of all weights keep the knowledge of the model.
 FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, beta1=0.9, decay=1.0)
 # More time wants a few more parameters: see tests/bench_train.py scale.
-# `gpu` is an hour on one H100 by arithmetic: it has never run. 12 layers of width 768 have 110 million
-# parameters in matrices and head, and cost 760 MFLOP a token of training. At 38 % of a product's rate
-# (790 TFLOP/s in bfloat16) that is 400,000 tokens/s, 1.4 billion in the hour, 13 for each of these
-# parameters; nanochat measured 12 as the best at this size. (The fit of the six small runs in README.md
-# would say 12 million parameters, from sizes between 0.7 and 2.6 million: too far away.) The batch of
-# 2^19 tokens and the rates are nanochat's for this size, too. 64 windows at once take about 30 GB.
+# `gpu` is an hour on one H100 by arithmetic: it has never run. 12 layers of width 768 have 117 million
+# parameters in the matrices of the blocks and the head, and cost 760 MFLOP a token of training (6 x 117,
+# and attention). At 38 % of a product's rate (790 TFLOP/s in bfloat16) that is 400,000 tokens/s, 1.4
+# billion in the hour, 12 for each of these parameters: nanochat measured that as the best at this size.
+# (The fit to the six small runs in README.md would say 12 million parameters, but it has seen sizes from
+# 0.7 to 2.6 million only: too far away.) The batch of 2^19 tokens and the rates are nanochat's for this
+# size, too. 64 windows at once take about 30 GB.
 PRESETS = {
     "hour": dict(minutes=60.0, width=128, context=512, evals=10),
     "gpu": dict(minutes=60.0, layers=12, width=768, heads=12, vocab_size=32768, context=1024, batch_size=512,
@@ -134,11 +136,14 @@ def parse(config_class, description, argv=None, positional=(), hidden=()):
     return config_class(**{**defaults, **given}), set(given)
 
 
-def require_text(cfg, directory):
-    """Raises UserError if --preset gpu is to learn a toy corpus."""
-    tokens = read_meta(directory)["splits"]["train"]["tokens"]
-    if cfg.preset == "gpu" and tokens < LEAST_TEXT and not (cfg.smoke or cfg.resume):
-        raise UserError(f"--preset gpu reads about 1.4 billion tokens in its hour, and {cfg.data} has {tokens:,}: "
+def require_text(cfg):
+    """Raises UserError if --preset gpu is to learn a toy corpus, before that is prepared."""
+    if cfg.preset != "gpu" or cfg.smoke or cfg.resume:
+        return
+    directory = find(cfg.data)
+    tokens = read_meta(directory)["splits"]["train"]["tokens"] if directory else 0             # None: it is stdlib
+    if tokens < LEAST_TEXT:
+        raise UserError(f"--preset gpu reads about 1.4 billion tokens in its hour, and {cfg.data} has far fewer: "
                         "python data/prepare.py fineweb-edu --size 2GB --vocab-size 32768 downloads and prepares more "
                         "(then --data fineweb-edu), or prepare more text of your own (--input DIR --name NAME)")
 
@@ -561,9 +566,9 @@ def main(argv=None):
     if cfg.resume:
         cfg = resumed(cfg, given)
     check_training(cfg)
+    require_text(cfg)
     machine = set_up(cfg)
     directory = open_data(cfg, given, machine)
-    require_text(cfg, directory)
     tokenizer = Tokenizer.load(directory)
     model = model_to_train(cfg, given, tokenizer, machine)
     train, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
