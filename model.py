@@ -235,12 +235,12 @@ class Body(nn.Module):
         dtype = self.norm.weight.dtype
         return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
 
-    def mask(self, T, start, window, segments, capacity):
+    def mask(self, T, start, window, segments, fixed):
         """Where the last T of S = start + T positions may look: bool (T, S) or (B, 1, T, T); None: all before."""
-        if not capacity and segments is None and (start == 0 or T == 1) and not (window and start + T > window):
+        if not fixed and segments is None and (start == 0 or T == 1) and not (window and start + T > window):
             return None
         q = start + torch.arange(T, device=self.frequencies.device)[:, None]
-        k = torch.arange(capacity or start + T, device=self.frequencies.device)
+        k = torch.arange(fixed or start + T, device=self.frequencies.device)
         mask = k <= q
         if window:
             mask &= k > q - window
@@ -248,13 +248,13 @@ class Body(nn.Module):
             mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
         return mask
 
-    def prepare(self, ids, start=0, segments=None, capacity=0):
+    def prepare(self, ids, start=0, segments=None, fixed=0):
         """The inputs of the blocks for ids (B, T) behind `start` tokens: x (B, T, C), rotary, a mask for each layer.
 
-        capacity: of a cache that gives all positions, written or not (data/graphs.py); start is then a tensor (1,)
+        fixed: S of a FixedCache (data/graphs.py), which gives all its positions, written or not; start is a tensor then
         """
         T, c = ids.shape[1], self.config
-        S = capacity or start + T
+        S = fixed or start + T
         if S > c.max_position_embeddings and (c.learned_positions or c.rope["rope_type"] == "longrope"):
             raise UserError(f"{S} tokens are more than this model's window of {c.max_position_embeddings}")
         x = self.embed_tokens(ids).to(self.norm.weight.dtype)                        # (B, T, C)
@@ -262,15 +262,15 @@ class Body(nn.Module):
         if segments is not None:                      # packed examples: positions count from each one's first token
             new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)     # (B, T)
             positions = positions - (positions * new).cummax(dim=1).values
-        masks = {w: self.mask(T, start, w, segments, capacity) for w in {c.window(i) for i in range(len(self.layers))}}
+        masks = {w: self.mask(T, start, w, segments, fixed) for w in {c.window(i) for i in range(len(self.layers))}}
         masks = [masks[c.window(i)] for i in range(len(self.layers))]
         if c.learned_positions:
             return x + self.embed_positions(positions), None, masks
         return x, self.rotary(positions), masks
 
     def forward(self, ids, cache=None, segments=None, hidden=None):
-        start, capacity = (cache.length, cache.capacity) if cache is not None else (0, 0)
-        x, rotary, masks = self.prepare(ids, start, segments, capacity)
+        start, fixed = (cache.length, cache.fixed) if cache is not None else (0, 0)
+        x, rotary, masks = self.prepare(ids, start, segments, fixed)
         for layer, mask in zip(self.layers, masks):
             if hidden is not None:
                 hidden.append(x)
@@ -410,7 +410,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.length = 0                               # tokens in the buffers
-        self.capacity = 0                             # see Body.prepare: update() gives what is written alone
+        self.fixed = 0                                # update() gives what is written; FixedCache: all positions
 
     def update(self, layer, k, v):
         """Appends k, v (B, K, T, D) and returns all keys and values; Body then adds T to `length`."""

@@ -2,7 +2,7 @@
 
     python train.py                                        # on Python's standard library, into out/
     python train.py --data NAME_OR_DIR --out DIR           # on data prepared by data/prepare.py
-    python train.py --out DIR --resume                     # continues a run, bit for bit
+    python train.py --out DIR --resume                     # continues a run, on a CPU bit for bit
     python train.py --data NAME_OR_DIR --init-from DIR --out DIR2                # fine-tuning
     torchrun --nproc_per_node 8 train.py --batch-size 64   # data parallel; with --fsdp, sharded
 
@@ -408,7 +408,8 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     reading                  tokens of the training text, to print how often the text is read
     after_step(model)        called after each optimizer step, for example to re-apply pruning masks
 
-    Random numbers depend on (seed, step) only: a resumed run is the uninterrupted run, bit for bit.
+    Random numbers depend on (seed, step) only: a resumed run is the uninterrupted run, on a CPU bit
+    for bit. (On a GPU the backward pass of attention adds in any order.)
     Raises UserError if the loss or the gradient is not finite; last/ is then the last good state.
     """
     check_activations(model, cfg, machine)

@@ -37,11 +37,11 @@ def decoding():
 class FixedCache:
     """The buffers of a KVCache (B, K, capacity, D), read whole: a mask hides what is not yet written.
 
-    length    tokens in the buffers, a tensor (1,) on the device of the buffers
-    capacity  positions that each mask covers
+    length  tokens in the buffers, a tensor (1,) on the device of the buffers
+    fixed   positions in the buffers: each mask covers all of them
     """
     def __init__(self, cache):
-        self.keys, self.values, self.capacity = cache.keys, cache.values, cache.keys[0].shape[2]
+        self.keys, self.values, self.fixed = cache.keys, cache.values, cache.keys[0].shape[2]
         self.length = torch.full((1,), cache.length, device=cache.keys[0].device)
 
     def update(self, layer, k, v):
