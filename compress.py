@@ -56,7 +56,7 @@ from data.console import run
 from data.export import GGUF_TYPES, gguf_step, import_gguf
 from data.files import MODEL, remove_tree, settle
 from data.loader import IGNORE, Batch
-from data.machine import accelerate, to_device
+from data.machine import accelerate, pick_device, to_device
 from data.sources import calibration_context, calibration_data, calibration_rows, id_counts
 from data.structure import (AXES, axes_of, body_layers, candidate_sizes, dense_layers, dense_weight, dequantize,
                             head_channels, kept_count, layers_that_stay, print_sizes, prune_report, select, slice_model,
@@ -84,6 +84,7 @@ def calibration(model, tokenizer, args):
     """Draws --calibration-windows windows by --seed: ([Batch of 8, ...], entries for the history).
 
     Windows of prepared data come from the training split; a text file is encoded by the tokenizer.
+    The batches are on the model's device.
     """
     source, context = calibration_data(model, tokenizer, args), calibration_context(model)
     name, drawn = calibration_rows(source, tokenizer, context, args.calibration_windows, args.seed)
@@ -91,6 +92,7 @@ def calibration(model, tokenizer, args):
     print(f"calibration: {count} windows of {context} tokens from {name}, seed {args.seed}, sha256 {digest}",
           flush=True)
     text = {"data": name, "windows": count, "context": context, "sha256": digest}
+    drawn = to_device(drawn, next(model.parameters()).device)
     return [rows_of(drawn, i, i + 8) for i in range(0, count, 8)], {"calibration": text, "seed": args.seed}
 
 
@@ -138,7 +140,8 @@ def activation_scores(model, batches):
 
 def pca_scores(model, batches):
     """activation_scores of a rotated model, whose channels are sorted by variance already."""
-    return {**activation_scores(model, batches), "width": -torch.arange(model.config.hidden_size)[None]}
+    scores = activation_scores(model, batches)
+    return {**scores, "width": -torch.arange(model.config.hidden_size, device=scores["width"].device)[None]}
 
 
 def influence_scores(model, batches):
@@ -288,7 +291,7 @@ def vocab_step(model, tokenizer, step, args):
     """Step vocab: keeps the share of the ids that the calibration data uses most."""
     counts, name = id_counts(calibration_data(model, tokenizer, args), tokenizer)
     index, smaller = cut_tokenizer(tokenizer, counts, kept_count(model.config.vocab_size, step.keep, 32))
-    small = slice_model(model, {"vocab": index})
+    small = slice_model(model, {"vocab": index.to(next(model.parameters()).device)})
     text = {"data": name, "tokens": int(counts.sum())}
     return small, smaller, {**prune_report(step, model, small), "calibration": text, "tokenizer": smaller.hash[:16]}
 
@@ -578,7 +581,6 @@ def layer_by_layer(model, todo, batches, compress, title, drifts=True):
     Raises UserError as check_walk does.
     """
     body, dtype = model.model, model.dtype
-    batches = [to_device(batch, body.norm.weight.device) for batch in batches]
     model.float().requires_grad_(False)
     check_walk(model, todo, batches[0])
     dense_streams, *_ = block_inputs(model, batches)
@@ -759,7 +761,7 @@ def rank_errors(model, layers, batches):
         factor = damped_cholesky(hessian, names[0], geometric=True)
         for layer, name in zip(layers, names):
             values = torch.linalg.svdvals((layer.weight.double() @ factor).float()).double()
-            errors[name] = gradients[name] * values.square().flip(0).cumsum(0).flip(0)           # [r]: of rank r
+            errors[name] = (gradients[name] * values.square().flip(0).cumsum(0).flip(0)).cpu()   # [r]: of rank r
         return {}
 
     layer_by_layer(model, layers, batches, look, "ranks", drifts=False)
@@ -823,7 +825,7 @@ STEPS = {
 
 
 def make(steps, args, stages, out=None):
-    """Runs the chain on args.model: (model, tokenizer).
+    """Runs the chain on args.model, on args.device: (model, tokenizer).
 
     Each stage is saved as stages/<chain so far>, the last to `out` if given; old ones are reused.
     """
@@ -832,15 +834,19 @@ def make(steps, args, stages, out=None):
     done = max((n for n, place in enumerate(reusable, 1) if (place / "config.json").is_file()), default=0)
     source = places[done - 1] if done else find_model(args.model)
     parent = {} if done else {"parent": {"name": model_name(source), "sha256": checkpoint_hash(source)}}
-    model, tokenizer = accelerate(load(source), args.native), Tokenizer.load(source)
+    device = pick_device(args.device)
+    if device.type == "mps":
+        device = torch.device("cpu")                             # mps has no float64, which Hessians need
+    model, tokenizer = accelerate(load(source, device), args.native), Tokenizer.load(source)
     for n, step in enumerate(steps[done:], done + 1):
+        torch.set_float32_matmul_precision("highest")            # training on a GPU lowers it
         args.run = str(places[n - 1]) + ".run"                   # of a step that trains, until the stage is saved
         model, tokenizer, entry = STEPS[step.name].function(model, tokenizer, step, args)
         model.history, parent = model.history + [{**entry, **parent}], {}
         if step.name != "gguf":
             place = out if out and n == len(steps) else places[n - 1]
             save(model, place, tokenizer)
-            model = accelerate(load(place), args.native)         # the very model that a resumed chain loads
+            model = accelerate(load(place, device), args.native)         # the very model that a resumed chain loads
         shutil.rmtree(args.run, ignore_errors=True)
     return model, tokenizer
 

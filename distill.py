@@ -30,7 +30,7 @@ from data.console import numbers, run
 from data.files import replacing_file
 from data.labels import LabelledBatch, open_cache
 from data.loader import IGNORE, Windows
-from data.machine import accelerate, in_dtype, set_up, synchronize, to_device
+from data.machine import accelerate, in_dtype, logits_at_once, set_up, synchronize, to_device
 from data.mixture import Mixture, open_mix
 from data.prepare import prepare
 from data.processes import all_sum, one_voice, say
@@ -153,11 +153,11 @@ def sparse_targets(ids, weights, metrics):
     nothing is learned. The cost is that of cross-entropy with one target.
     """
     def chunk(logits, rows):
-        t, w = ids[rows], weights[rows]
+        logits, t, w = logits.float(), ids[rows], weights[rows]
         total, z, probs = w.sum(1, keepdim=True), logits.gather(1, t), logits.softmax(1)
         log_sum = logits.amax(1, keepdim=True) - probs.amax(1, keepdim=True).log()
         metrics["ce"] += ((log_sum - z[:, :1]) * total).sum()
-        if (total == 0).any():
+        if logits.device.type != "cpu" or (total == 0).any():                  # to ask a GPU would be to wait for it
             probs *= total
         return (w * (log_sum - z)).sum(), probs.scatter_add_(1, t, -w)         # d loss / d logits = p - targets
     return chunk
@@ -170,6 +170,7 @@ def dense_targets(targets, hard, soft, teacher_logits, vocab_size, cfg, metrics)
     from vocab_size on are padding in one model or both, and are no part of the divergence.
     """
     def chunk(logits, rows):
+        logits = logits.float()
         d, grad = divergence(logits[:, :vocab_size], teacher_logits(rows)[:, :vocab_size].float(), cfg.loss, cfg.beta,
                              cfg.temperature)
         loss, grad = (d * soft[rows]).sum(), F.pad(grad * soft[rows, None], (0, logits.shape[1] - vocab_size))
@@ -210,6 +211,7 @@ class Distillation(nn.Module):
         self.teacher = [teacher]                      # in a list it is no submodule: not trained, not saved
         self.layers, self.vocab_size, self.cfg = layers, vocab_size, cfg
         self.register_buffer("teacher_seconds", torch.zeros(()))
+        self.running = collections.deque()            # pairs of events on a GPU: see `timed`
         # A new term is a line here, (name in the log, weight, method), and the method: it gives the
         # distance (B * T,) of the student's States in layer i from the teacher's.
         self.terms = []
@@ -235,7 +237,20 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def timed(self, function, *args, **options):
-        """The result of a function of the teacher, whose time is added to teacher_seconds."""
+        """The result of a function of the teacher, whose time is added to teacher_seconds.
+
+        A GPU is not waited for: it notes the times itself, and what is finished is added.
+        """
+        if next(self.teacher[0].parameters()).is_cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            result = function(*args, **options)
+            end.record()
+            self.running.append((start, end))
+            while self.running and self.running[0][1].query():
+                start, end = self.running.popleft()
+                self.teacher_seconds += start.elapsed_time(end) / 1000                 # milliseconds
+            return result
         start, result = time.perf_counter(), function(*args, **options)
         synchronize(result.device)
         self.teacher_seconds += time.perf_counter() - start
@@ -298,7 +313,7 @@ def teacher_probs(teacher, batch, machine, vocab_size):
     batch = to_device(batch, machine.device)
     with torch.no_grad(), in_dtype(machine):
         x = teacher(batch.ids, segments=batch.segments, head=False)[batch.targets != IGNORE]           # (positions, C)
-        for h in x.split(max(1, 2 ** 21 // vocab_size)):
+        for h in x.split(max(1, logits_at_once(machine.device) // vocab_size)):
             yield teacher.lm_head(h)[:, :vocab_size].float().softmax(1)
 
 
@@ -399,7 +414,8 @@ def student_of_layers(cfg, teacher, layers):
     if teacher.compression:
         raise UserError(f"{cfg.teacher} has layers that are not dense, and a student starts from dense ones: use "
                         "--init random, or distill from the model that it was made of")
-    return slice_model(teacher, {"layers": torch.tensor(layers)}).float()
+    exact = load(cfg.teacher, dtype=torch.float32)               # on a GPU the teacher itself may run in 16 bits
+    return slice_model(exact, {"layers": torch.tensor(layers)})
 
 
 def make_student(cfg, given, teacher, tokenizer, machine):
@@ -526,7 +542,8 @@ def fine_tune(model, tokenizer, step, entry, args, make_loss, steps, evaluated=l
                         "--name NAME")
     rates = {**train.FINE_TUNE, **dict.fromkeys(("lr", "embed_lr", "matrix_lr"), args.lr)}
     cfg = DistillConfig(**rates, **settings, out=str(run_dir), resume=is_saved(run_dir / "last"), steps=steps,
-                        context=context, seed=args.seed, native=args.native, eval_tokens=2048 if args.smoke else 131072)
+                        context=context, seed=args.seed, native=args.native, device=args.device,
+                        eval_tokens=2048 if args.smoke else 131072)
     windows, val = (Windows(source, split, context) for split in ("train", "val"))
     entry = {**entry, "data": windows.meta["name"], "data_sha256": windows.meta["sha256"], "seed": args.seed,
              "context": context, "batch_size": cfg.batch_size, "lr": args.lr, "total": steps}
@@ -544,7 +561,7 @@ def fine_tune(model, tokenizer, step, entry, args, make_loss, steps, evaluated=l
     train.fit(student, batches, loss_fn, cfg, machine, evaluate=lambda student: score(evaluated(student)),
               tokenizer=tokenizer, entry=entry, reading=Mixture(windows).readings(), after_step=keep_zeros(model))
     trained = copy.deepcopy(load(run_dir / "best"))              # the memory-mapped file is about to be removed
-    return trained, trained.history.pop()
+    return trained.to(next(model.parameters()).device), trained.history.pop()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -627,7 +644,8 @@ def rows_to_learn(cfg, teacher, teacher_hash, student, windows, plain, tokenizer
         distributions = lambda batch: teacher_probs(teacher, batch, machine, tokenizer.vocab_size)
         step_cost = lambda: step_seconds(student, plain, train.cross_entropy, cfg, machine)
         cache, pool = open_cache(cfg, distributions, teacher_hash, windows, tokenizer, machine, step_cost)
-        return lambda first, count: cache.rows(pool, cfg.seed, first, count, cfg.hard_weight), cache.header["seconds"]
+        labelled = lambda first, count: cache.rows(pool, cfg.seed, first, count, cfg.hard_weight, machine.device)
+        return labelled, cache.header["seconds"]
     pool = windows.subset(cfg.pool // cfg.context, cfg.seed) if cfg.pool else None
     text = plain if pool is None else lambda first, count: pool.training_rows(cfg.seed, first, count)
     if cfg.on_policy:
@@ -706,10 +724,10 @@ def train_control(cfg, given, tokenizer, machine, control, plain, entry, common)
 def compare_all(cfg, machine, teacher, val, tokenizer, cached):
     """Measures teacher, student, control and exits on the same text, and writes the report."""
     from data.measure import report                              # here, as measure imports the scripts
-    models = {} if cfg.from_samples else {"teacher": teacher}
-    models["student"] = student = accelerate(load(cfg.out, machine.device), cfg.native)
+    models = {} if cfg.from_samples else {"teacher": teacher.float()}          # one number type: their speeds compare
+    models["student"] = student = accelerate(load(cfg.out, machine.device, torch.float32), cfg.native)
     if cfg.control:
-        models["control"] = accelerate(load(Path(cfg.out) / "control", machine.device), cfg.native)
+        models["control"] = accelerate(load(Path(cfg.out) / "control", machine.device, torch.float32), cfg.native)
     models.update({f"exit after {e}": sample.first_layers(student, e) for e in student.exits})
     report(cfg, machine, models, val, tokenizer, cached)
 

@@ -189,8 +189,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)             # (B, K, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)                                    # (B, K, S, D)
-        if T == 1 and mask is None:      # a query sees all keys: the H/K queries of a key-value head are one product
-            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v)
+        if T == 1 and (mask is None or mask.ndim == 2):     # the H/K queries of a key-value head are one product
+            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v, attn_mask=mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                                enable_gqa=bool(q.shape[1] != k.shape[1]))
@@ -278,12 +278,12 @@ class Body(nn.Module):
         dtype = self.norm.weight.dtype
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
-    def mask(self, T, start, window, segments):
+    def mask(self, T, start, window, segments, fixed):
         """Where the last T of S = start + T positions may look: bool (T, S) or (B, 1, T, T); None: all before."""
-        if segments is None and (start == 0 or T == 1) and not (window and start + T > window):
+        if not fixed and segments is None and (start == 0 or T == 1) and not (window and start + T > window):
             return None
-        q = torch.arange(start, start + T, device=self.frequencies.device)[:, None]
-        k = torch.arange(start + T, device=self.frequencies.device)
+        q = start + torch.arange(T, device=self.frequencies.device)[:, None]
+        k = torch.arange(fixed or start + T, device=self.frequencies.device)
         mask = k <= q
         if window:
             mask &= k > q - window
@@ -291,19 +291,23 @@ class Body(nn.Module):
             mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
         return mask
 
-    def prepare(self, ids, start=0, segments=None):
-        """The inputs of the blocks for ids (B, T) behind `start` tokens: x (B, T, C), each layer's rotary and mask."""
+    def prepare(self, ids, start=0, segments=None, fixed=0):
+        """The inputs of the blocks for ids (B, T) behind `start` tokens: x (B, T, C), each layer's rotary and mask.
+
+        fixed: S of a FixedCache (data/graphs.py), which gives all its positions, written or not; start is a tensor then
+        """
         T, c, numbers = ids.shape[1], self.config, range(len(self.layers))
-        if start + T > c.max_position_embeddings and (c.learned_positions or c.rope["rope_type"] in ENDING):
-            raise UserError(f"{start + T} tokens are more than this model's window of {c.max_position_embeddings}")
+        S = fixed or start + T
+        if S > c.max_position_embeddings and (c.learned_positions or c.rope["rope_type"] in ENDING):
+            raise UserError(f"{S} tokens are more than this model's window of {c.max_position_embeddings}")
         x = self.embed_tokens(ids).to(self.norm.weight.dtype)                        # (B, T, C)
         if c.embedding_multiplier != 1:
-            x = x * x.new_tensor(c.embedding_multiplier)                             # rounded to x's type, as in Gemma
-        positions = torch.arange(start, start + T, device=ids.device)[None]          # (1, T)
+            x = x * torch.tensor(c.embedding_multiplier, dtype=x.dtype, device="cpu")       # rounded first, as in Gemma
+        positions = (start + torch.arange(T, device=ids.device))[None]               # (1, T)
         if segments is not None:                      # packed examples: positions count from each one's first token
             new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)     # (B, T)
             positions = positions - (positions * new).cummax(dim=1).values
-        masks = {w: self.mask(T, start, w, segments) for w in {c.window(i) for i in numbers}}
+        masks = {w: self.mask(T, start, w, segments, fixed) for w in {c.window(i) for i in numbers}}
         rotaries = {kind: self.rotary(positions, kind) for kind in {c.turns(i) for i in numbers}}
         if c.learned_positions:
             x = x + self.embed_positions(positions)
@@ -314,7 +318,8 @@ class Body(nn.Module):
         return self.norm(x) if self.config.logits_scaling == 1 else self.norm(x) / self.config.logits_scaling
 
     def forward(self, ids, cache=None, segments=None, hidden=None):
-        x, rotaries, masks = self.prepare(ids, cache.length if cache is not None else 0, segments)
+        start, fixed = (cache.length, cache.fixed) if cache is not None else (0, 0)
+        x, rotaries, masks = self.prepare(ids, start, segments, fixed)
         for layer, rotary, mask in zip(self.layers, rotaries, masks):
             if hidden is not None:
                 hidden.append(x)
@@ -454,6 +459,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.length = 0                               # tokens in the buffers
+        self.fixed = 0                                # update() gives what is written; FixedCache: all positions
 
     def update(self, layer, k, v):
         """Appends k, v (B, K, T, D) and returns all keys and values; Body then adds T to `length`."""

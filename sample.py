@@ -23,7 +23,9 @@ from data import UserError
 from data.chat import converse, readable_pieces, speak
 from data.checkpoints import find_model, model_name, tokenizer_of
 from data.console import Parser, decoded, run
-from data.machine import accelerate, how_quantized_layers_run, is_accelerated, pick_device, threads_for, threads_of
+from data.graphs import decoding, one_launch
+from data.machine import (accelerate, how_quantized_layers_run, is_accelerated, is_fast_on_cpu, logits_at_once,
+                          pick_device, threads_for, threads_of)
 from model import KVCache, load
 
 
@@ -34,7 +36,7 @@ from model import KVCache, load
 def at_positions(model, batch, function):
     """Applies function(logits (n, V) float32, targets (n,)) -> (n,) at all positions: (B, T)."""
     hidden = model(batch.ids, segments=batch.segments, head=False).flatten(0, 1)              # (B, T, C) -> (B * T, C)
-    rows = max(1, 2 ** 21 // model.config.vocab_size)         # all logits at once would not fit the cache or the memory
+    rows = max(1, logits_at_once(hidden.device) // model.config.vocab_size)    # all at once would not fit the memory
     parts = zip(hidden.split(rows), batch.targets.flatten().split(rows))
     return torch.cat([function(model.lm_head(h).float(), t) for h, t in parts]).view(batch.targets.shape)
 
@@ -143,13 +145,18 @@ def generate(model, ids, max_new_tokens, stop=(), vocab_size=None, generator=Non
     n, text = ids.shape[1], F.pad(ids, (0, max_new_tokens))                    # (B, n + max_new_tokens)
     stopped, cache, unread = [False] * len(ids), None, ids[:, -window:]
     for i in range(max_new_tokens):
-        if cache is None or cache.length + unread.shape[1] > window:
-            if cache is not None:
-                unread = text[:, n - max(1, window // 2):n]
-            cache = KVCache(config, len(ids), min(window, unread.shape[1] + max_new_tokens - i), device, model.dtype)
-        logits = model(unread, cache=cache, last=1)[:, -1]                     # (B, V)
-        if i == 0:
-            refuse_not_a_number(logits)
+        with decoding():
+            if cache is None or cache.length + unread.shape[1] > window:
+                if cache is not None:
+                    unread = text[:, n - max(1, window // 2):n]
+                room = min(window, unread.shape[1] + max_new_tokens - i)
+                cache = KVCache(config, len(ids), room, device, model.dtype)
+                logits = model(unread, cache=cache, last=1)[:, -1]             # (B, V)
+                if i == 0:
+                    refuse_not_a_number(logits)
+                step = one_launch(model, cache)
+            else:
+                logits = step(unread)[:, -1]                                   # (B, V)
         if (vocab_size or config.vocab_size) < config.vocab_size:
             logits[:, vocab_size:] = -math.inf
         unread = next_token(logits, text[:, :n], generator=generator, **sampling)                  # (B, 1)
@@ -212,7 +219,8 @@ class Reader:
         self.cache.length = min(self.cache.length, n - count - self.start)
         new = text[:, self.start + self.cache.length:]
         self.read += new.shape[1]
-        logits = self.model(new, cache=self.cache, last=count)[0].float()
+        with decoding():
+            logits = self.model(new, cache=self.cache, last=count)[0].float()
         if self.read == new.shape[1]:                            # the first pass
             refuse_not_a_number(logits)
         if self.vocab_size < logits.shape[1]:
@@ -404,7 +412,7 @@ def sample_arguments(argv):
                        "second by less in probability (default: 0.2); see data/measure.py SMALL BIG --escalate")
     heldout.evaluation_flags(parser)
     parser.add_argument("--seed", type=int, help="same seed, same text (default: another each time)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     parser.add_argument("--native", action=argparse.BooleanOptionalAction, default=True,
                         help="kernels in C on a CPU; --no-native: PyTorch alone")
     parser.add_argument("--smoke", action="store_true", help="20 tokens only")
@@ -437,12 +445,27 @@ def check_arguments(args, default_margin):
                             (f" and at most {most}" if most else ""))
 
 
-def open_model(path, device, native=True):
-    """(model, tokenizer) of a directory; native: with kernels in C. Raises UserError."""
+def open_model(path, device, native=True, dtype=None):
+    """(model, tokenizer) of a directory; native: with kernels in C. Raises UserError.
+
+    dtype: on a GPU; None: the stored one. A CPU is slow at 16 bits and gets float32.
+    """
     directory = find_model(path)
-    dtype = torch.float32 if device.type == "cpu" else None                    # a CPU is slow at 16 bits
+    dtype = torch.float32 if device.type == "cpu" else dtype
     model = load(directory, device, dtype, finite=False)                       # see refuse_not_a_number
     return accelerate(model, native), tokenizer_of(model, directory)
+
+
+def device_of(args):
+    """The device of --device for generation: `auto` may be the CPU beside a GPU, and then says so."""
+    device = pick_device(args.device)
+    if args.device == "auto" and device.type == "cuda" and not (args.draft or args.escalate):
+        model = accelerate(load(args.model, finite=False), args.native)        # mapped: nothing is read yet
+        if is_fast_on_cpu(model):
+            print(f"so small a model is faster in C on the CPU than on this GPU; --device {device} takes the GPU",
+                  file=sys.stderr)
+            return torch.device("cpu")
+    return device
 
 
 def partner(flag, args, model):
@@ -527,7 +550,7 @@ def main(argv=None):
     args.model = args.model[0]
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p",
                                                        "repetition_penalty")}
-    prompt, device = read_prompt(args), pick_device(args.device)
+    prompt, device = read_prompt(args), device_of(args)
     model, tokenizer = open_model(args.model, device, args.native)
     window, threads = model.config.max_position_embeddings, threads_for(model, args.threads, device)
     write, report, takeover = writer(args, model, tokenizer)

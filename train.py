@@ -2,7 +2,7 @@
 
     python train.py                                        # on Python's standard library, into out/
     python train.py --data NAME_OR_DIR --out DIR           # on data prepared by data/prepare.py
-    python train.py --out DIR --resume                     # continues a run, bit for bit
+    python train.py --out DIR --resume                     # continues a run, on a CPU bit for bit
     python train.py --data NAME_OR_DIR --init-from DIR --out DIR2                # fine-tuning
     python train.py --data faq --mix stdlib:0.3 --init-from out --out out-faq    # forgets less
     torchrun --nproc_per_node 8 train.py --batch-size 64   # data parallel; with --fsdp, sharded
@@ -24,9 +24,11 @@ from data import UserError
 from data.chat import speak
 from data.checkpoints import find_model, tokenizer_of
 from data.console import flags_of, run
-from data.loader import IGNORE, Windows
-from data.machine import DTYPES, accelerate, fastest, in_dtype, in_turns, prepared, require_memory, set_up, to_device
+from data.loader import IGNORE, Windows, read_meta
+from data.machine import (DTYPES, accelerate, fastest, in_dtype, in_turns, logits_at_once, prepared, require_memory,
+                          set_up, to_device)
 from data.mixture import Mixture, open_mix
+from data.prepare import find
 from data.processes import (agree, all_sum, clip_gradients, local_part, on_whole_matrices, one_voice, summed_gradients,
                             unsharded)
 from data.report import picture
@@ -86,7 +88,7 @@ class TrainConfig:
     eval_tokens: int = 262144       # most validation tokens per evaluation, spread over the split; 0: all
     save_seconds: float = 60.0      # seconds between two saves of last/
     # the machine
-    device: str = "auto"            # auto, cuda, mps or cpu
+    device: str = "auto"            # auto, cuda, cuda:1, mps or cpu
     dtype: str = "auto"             # number type of products: auto, float32, bfloat16 or float16; weights stay float32
     threads: int = 0                # CPU threads; 0: the fastest number, measured at the start and during the run
     native: bool = True             # C kernels on a CPU (data/native.py); --no-native: PyTorch alone
@@ -100,12 +102,20 @@ class TrainConfig:
 ADAMW = dict(matrix_lr=0.003, beta1=0.9)
 # Fine-tuning: small steps of all weights keep the knowledge of the model.
 FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, beta1=0.9, decay=1.0)
-# More time wants a few more parameters: see tests/bench_train.py scale. `gpu` was never run: these
-# are usual settings for one large GPU, which want far more text than `stdlib` has.
+# More time wants a few more parameters: see tests/bench_train.py scale.
+# `gpu` is an hour on one H100 by arithmetic: it has never run. 12 layers of width 768 have 117 million
+# parameters in the matrices of the blocks and the head, and cost 760 MFLOP a token of training (6 x 117,
+# and attention). At 38 % of a product's rate (790 TFLOP/s in bfloat16) that is 400,000 tokens/s, 1.4
+# billion in the hour, 12 for each of these parameters: nanochat measured that as the best at this size.
+# (The fit to the six small runs in README.md would say 12 million parameters, but it has seen sizes from
+# 0.7 to 2.6 million only: too far away.) The batch of 2^19 tokens and the rates are nanochat's for this
+# size, too. 64 windows at once take about 30 GB.
 PRESETS = {
     "hour": dict(minutes=60.0, width=128, context=512, evals=10),
-    "gpu": dict(minutes=60.0, layers=12, width=768, heads=12, vocab_size=32768, context=1024, batch_size=64, evals=10,
-                lr=0.004, warmup=100, compile=True)}
+    "gpu": dict(minutes=60.0, layers=12, width=768, heads=12, vocab_size=32768, context=1024, batch_size=512,
+                micro_batch=64, lr=0.008, embed_lr=0.3, beta1=0.8, momentum=0.95, newton_schulz=5, warmup=40, evals=10,
+                save_seconds=600.0, compile=True)}
+LEAST_TEXT = 50_000_000                 # training tokens for `gpu`: it reads text of this size 29 times
 SMOKE = dict(steps=6, layers=2, width=32, heads=2, context=64, batch_size=4, evals=2, eval_tokens=2048, warmup=2)
 
 CHOICES = dict(optimizer=("muon", "adamw"), schedule=("wsd", "cosine"), dtype=tuple(DTYPES))
@@ -127,6 +137,18 @@ def parse(config_class, description, argv=None, positional=(), hidden=()):
     defaults = {**PRESETS.get(preset, {}), **(ADAMW if given.get("optimizer") == "adamw" else {}),
                 **(FINE_TUNE if given.get("init_from") else {}), **(SMOKE if given.get("smoke") else {})}
     return config_class(**{**defaults, **given}), set(given)
+
+
+def require_text(cfg):
+    """Raises UserError if --preset gpu is to learn a toy corpus, before that is prepared."""
+    if cfg.preset != "gpu" or cfg.smoke or cfg.resume:
+        return
+    directory = find(cfg.data)
+    tokens = read_meta(directory)["splits"]["train"]["tokens"] if directory else 0             # None: it is stdlib
+    if tokens < LEAST_TEXT:
+        raise UserError(f"--preset gpu reads about 1.4 billion tokens in its hour, and {cfg.data} has far fewer: "
+                        "python data/prepare.py fineweb-edu --size 2GB --vocab-size 32768 downloads and prepares more "
+                        "(then --data fineweb-edu), or prepare more text of your own (--input DIR --name NAME)")
 
 
 def heads_of(cfg):
@@ -159,13 +181,13 @@ LEAST_ROWS = 160
 class ThroughHead(torch.autograd.Function):
     """Sum of a loss over the logits x @ weight.T + bias, chunk by chunk: the full logits never exist.
 
-    x (N, C), weight (V, C), bias (V,) or None. chunk(logits (rows, V) float32, slice of these rows) returns the loss
-    of the rows and the gradient by the logits at once, while the probabilities are still in the
-    cache (Wijmans et al., 2024).
+    x (N, C), weight (V, C), bias (V,) or None. chunk(logits (rows, V), slice of these rows) returns
+    the loss of the rows and the gradient by the logits at once, while the probabilities are still
+    in the cache (Wijmans et al., 2024). Logits have the number type of products.
 
-    A chunk has 2^21 logits on a CPU and 2^26 on a GPU, as a divergence makes about ten float32
-    copies: 80 MB or 2.6 GB. It has at least LEAST_ROWS rows, as each chunk reads and writes all of
-    the gradient of weight: with 50,304 ids on a CPU, 41 rows took 1.6 x the time of 166.
+    A chunk has logits_at_once() logits, and at least LEAST_ROWS rows, as each chunk reads and
+    writes all of the gradient of weight: with 50,304 ids on a CPU, 41 rows took 1.6 x the time of
+    166.
     """
     @staticmethod
     def forward(ctx, x, weight, chunk, bias=None):
@@ -174,13 +196,13 @@ class ThroughHead(torch.autograd.Function):
         loss, grad_x, grad_weight = torch.zeros((), device=x.device), torch.empty_like(x), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         x, weight_cast = x.to(dtype), weight.to(dtype)
-        rows = max(LEAST_ROWS, (2 ** 21 if kind == "cpu" else 2 ** 26) // len(weight))
+        rows = max(LEAST_ROWS, logits_at_once(x.device) // len(weight))
         buffer = x.new_empty(min(rows, len(x)), len(weight))
         for i in range(0, len(x), rows):
             some = x[i:i + rows]                                                     # (rows, C)
             logits = torch.mm(some, weight_cast.T, out=buffer[:len(some)])           # (rows, V)
             logits = logits if bias is None else logits.add_(bias)
-            value, grad = chunk(logits.float(), slice(i, i + rows))
+            value, grad = chunk(logits, slice(i, i + rows))
             loss, grad = loss + value, grad.to(dtype)
             grad_x[i:i + rows] = grad @ weight_cast
             if dtype == weight.dtype:
@@ -201,15 +223,16 @@ class ThroughHead(torch.autograd.Function):
 def softmax_gradient(logits, targets):
     """(sum of the rows' cross-entropy, gradient by the logits: probabilities minus one-hot).
 
-    logits (N, V) float32, which the gradient may overwrite; targets (N,), IGNORE if unsupervised.
+    logits (N, V), which the gradient may overwrite; targets (N,), IGNORE if unsupervised.
     """
-    targets = targets[:, None]                                                       # (N, 1)
+    logits, targets = logits.float(), targets[:, None]                               # targets (N, 1)
     learned, targets = (targets != IGNORE).float(), targets.clamp(min=0)
     top, right = logits.amax(1, keepdim=True), logits.gather(1, targets)
     probs = logits.softmax(1)
     log_sum = top - probs.amax(1, keepdim=True).log()            # log(sum(exp(logits))), never log(0)
     grad = probs.scatter_add_(1, targets, torch.full_like(learned, -1.0))
-    return ((log_sum - right) * learned).sum(), grad if learned.all() else grad * learned
+    whole = grad.device.type == "cpu" and learned.all()          # to ask a GPU would be to wait for it
+    return ((log_sum - right) * learned).sum(), grad if whole else grad * learned
 
 
 def linear_cross_entropy(x, weight, targets, bias=None):
@@ -345,13 +368,16 @@ def train_step(step, forward, batches, optimizers, scaler, cfg, machine):
     """One step: accumulates the gradients of a batch, clips them, updates the weights.
 
     forward: a ModelAndLoss, as `prepared` returns it. Returns (loss summed over supervised tokens,
-    number of these tokens, norm of the gradient, sums of the loss's metrics). The weights do not
-    change if loss or norm is not finite.
+    number of these tokens, norm of the gradient, sums of the loss's metrics).
+
+    These figures are read after the optimizers are launched, as one tensor: that is the only time a
+    step waits for a GPU. If loss or norm is not finite, the weights are spoiled by then: the caller
+    ends the run and saves nothing. In float16 the scaler leaves out such updates.
     """
     share = cfg.batch_size // machine.size                                   # windows of this process
     micro, positions = rows_at_once(cfg, machine), cfg.batch_size * cfg.context
     torch.manual_seed(((cfg.seed * 10 ** 9 + step) * 10 ** 4 + machine.rank) % 2 ** 63)         # dropout
-    sums, metrics = torch.zeros(2, device=machine.device), collections.defaultdict(float)
+    sums = 0.0                                                               # of loss, tokens and metrics
     first = step * cfg.batch_size + machine.rank * share
     for row in range(first, first + share, micro):
         batch = to_device(batches(row, min(micro, first + share - row)), machine.device)
@@ -359,22 +385,21 @@ def train_step(step, forward, batches, optimizers, scaler, cfg, machine):
         with in_dtype(machine), summed_gradients(forward, last):
             loss, count, extra = forward(batch)
             scaler.scale(loss * machine.size / positions).backward()         # DDP takes the mean over processes
-        sums += torch.stack((loss.detach().float(), count.float()))
-        for name, value in extra.items():
-            metrics[name] += float(value)
-    loss, count = all_sum(machine, sums).tolist()
+        values = (torch.as_tensor(v, device=machine.device) for v in (loss, count, *extra.values()))
+        sums = sums + torch.stack([v.detach().float() for v in values])
+    sums = all_sum(machine, sums)
     params = [p for group in groups_of(optimizers) for p in group["params"] if p.grad is not None]
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    if count != positions:                                                   # masked prompts, padding
-        torch._foreach_mul_([p.grad for p in params], positions / max(count, 1))
+    if machine.device.type != "cpu" or sums[1] != positions:                 # masked prompts, padding
+        torch._foreach_mul_([local_part(p.grad) for p in params], positions / sums[1].clamp(min=1))
     norm = clip_gradients(params, cfg.clip or math.inf)
     for optimizer in optimizers:
-        if math.isfinite(loss) and math.isfinite(norm):
-            scaler.step(optimizer)
+        scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    return loss, int(count), norm, metrics
+    loss, count, *values, norm = torch.cat((sums, norm[None])).tolist()
+    return loss, int(count), norm, dict(zip(extra, values))
 
 
 def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, eval_cost=0.0, reading=None,
@@ -393,7 +418,8 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     bytes_per_token          mean bytes of a learned token, to log the training loss in bits per byte
     after_step(model)        called after each optimizer step, for example to re-apply pruning masks
 
-    Random numbers depend on (seed, step) only: a resumed run is the uninterrupted run, bit for bit.
+    Random numbers depend on (seed, step) only: a resumed run is the uninterrupted run, on a CPU bit
+    for bit. (On a GPU the backward pass of attention adds in any order.)
     Raises UserError if the loss or the gradient is not finite; last/ is then the last good state.
     """
     check_activations(model, cfg, machine)
@@ -401,7 +427,7 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     run = Run(model, loss_fn, cfg, machine, save, tokenizer, entry, eval_cost, reading or {}, bytes_per_token)
     accelerate(model, cfg.native, globals())                     # globals(): softmax_gradient of this file, too
     forward = ModelAndLoss(model, loss_fn)
-    forward = prepared(forward, lambda: batches(0, rows_at_once(cfg, machine)), cfg, machine)
+    forward = prepared(forward, lambda: batches(0, rows_at_once(cfg, machine)), cfg, machine, globals())
     optimizers = make_optimizers(model, loss_fn, cfg)
     run.open(optimizers)
     model.train()
@@ -558,6 +584,7 @@ def main(argv=None):
     if cfg.resume:
         cfg = resumed(cfg, given)
     check_training(cfg)
+    require_text(cfg)
     machine = set_up(cfg)
     directory = open_data(cfg, given, machine)
     tokenizer = Tokenizer.load(directory)

@@ -12,7 +12,7 @@ from data.sources import measuring_flags
 # Flags that change stages; flags of steps, which --measure refuses; flags of --measure and --sweep.
 SETTINGS = ("head_bits", "calibration", "calibration_windows", "qat_steps", "lr", "seed", "smoke")
 OF_STEPS = ("calibration", "calibration_windows", "qat_steps", "lr", "resume", "seed")
-MEASURING = ("data", "text", "eval_tokens", "prompt_tokens", "new_tokens", "rounds", "threads", "device")
+MEASURING = ("data", "text", "eval_tokens", "prompt_tokens", "new_tokens", "rounds", "threads")
 SLICING, QUANTIZING = ("ffn", "heads", "width", "depth", "vocab"), ("int8", "int4")
 # Values that are numbers: type, test, description.
 NUMBERS = {"KEEP": (float, lambda n: 0 < n <= 1, "the share that stays, above 0 and at most 1"),

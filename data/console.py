@@ -10,8 +10,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
 
+    flags = ()                                               # of the last command line that was parsed
+
     def parse_args(self, argv=None, namespace=None):
-        self.argv = sys.argv[1:] if argv is None else argv
+        self.argv, Parser.flags = sys.argv[1:] if argv is None else argv, self._option_string_actions
         return super().parse_args(argv, namespace)
 
     def error(self, message):
@@ -34,6 +36,11 @@ def open_streams():
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
+# Lower ones of these flags need less memory.
+MEMORY_FLAGS = ("--micro-batch", "--batch-size", "--context", "--samples", "--max-new-tokens", "--calibration-windows",
+                "--prompt-tokens")
+
+
 def sentence(error):
     """The message for an error of the operating system; None for a bug."""
     number = getattr(error, "errno", None)
@@ -45,8 +52,10 @@ def sentence(error):
         return (f"{error.filename}: " if error.filename is not None else "") + (error.strerror or str(error))
     memory = ("can't allocate memory", "Storage size calculation overflowed", "out of memory", "not enough memory")
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(m in str(error) for m in memory):
-        return ("this does not fit the memory of this machine: take a smaller model, or lower --batch-size, "
-                "--micro-batch or --context")
+        lower = [flag for flag in MEMORY_FLAGS if flag in Parser.flags]
+        place = "GPU" if "CUDA" in str(error) else "machine"
+        return (f"this does not fit the memory of this {place}: " + f"lower {' or '.join(lower)}, or " * bool(lower) +
+                "take a smaller model" + ", or --device cpu" * (place == "GPU"))
     return None
 
 

@@ -59,15 +59,15 @@ def draws_that_fit(probs):
     return low
 
 
-def make_cache(directory, header, windows, distributions, vocab_size):
-    """Runs the teacher once over all windows, and writes labels and header.
+def make_cache(directory, header, windows, distributions, vocab_size, tokens_at_once=2048):
+    """Runs the teacher once over all windows, `tokens_at_once`, and writes labels and header.
 
     header                a dict, to which figures are added; header["seed"] seeds the draws
     distributions(batch)  yields the teacher's distributions (R, vocab_size) at the learned
                           positions of a Batch
     """
     start, random, T = time.perf_counter(), torch.Generator().manual_seed(header["seed"]), windows.context
-    rows, id_type = max(1, 2048 // T), "uint16" if vocab_size <= 2 ** 16 else "uint32"
+    rows, id_type = max(1, tokens_at_once // T), "uint16" if vocab_size <= 2 ** 16 else "uint32"
     draws, offsets, tokens = [], [0], 0
     with replacing(directory, LABELS) as new:
         files = [open(new / f"{name}.bin", "wb") for name in ("lengths", "ids", "counts", "offsets")]
@@ -139,25 +139,32 @@ class Cache:
             raise UserError(f"the cache in {self.directory} is cut short ({file.name}): delete it and it is made again")
         return np.memmap(file, dtype, "r")
 
-    def rows(self, windows, seed, first, count, hard_weight):
-        """Rows first ... first + count - 1 of the training stream, as a LabelledBatch.
+    def rows(self, windows, seed, first, count, hard_weight, device="cpu"):
+        """Rows first ... first + count - 1 of the training stream, as a LabelledBatch on the device.
 
         Column 0 of a position holds the text's own id with weight hard_weight; the teacher's ids
-        behind it share the rest by their counts.
+        behind it share the rest by their counts. Labels travel as they are stored, 3 bytes each, and
+        are spread on the device.
         """
-        batch, T, width = windows.training_rows(seed, first, count), windows.context, 1
-        ids, weights = np.zeros((count, T, 256), np.int64), np.zeros((count, T, 256), np.float32)
-        for i in range(count):
-            window, _ = windows.window_of(seed, first + i)
-            lengths = self.lengths[window * T:(window + 1) * T].astype(np.int64)       # (T,)
-            begin, end = self.offsets[window:window + 2]
-            position = np.repeat(np.arange(T), lengths)                                # (end - begin,)
-            column = 1 + np.arange(end - begin) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            ids[i, position, column], weights[i, position, column] = self.ids[begin:end], self.counts[begin:end]
-            width = max(width, 1 + lengths.max())
-        weights *= (1 - hard_weight) / np.maximum(weights.sum(2, keepdims=True), 1)
-        ids[:, :, 0], weights[:, :, 0] = batch.targets.clamp(min=0), hard_weight * (batch.targets != IGNORE)
-        return LabelledBatch(*batch, *(torch.from_numpy(a[:, :, :width].copy()) for a in (ids, weights)))
+        batch, T = windows.training_rows(seed, first, count), windows.context
+        chosen = [windows.window_of(seed, first + i)[0] for i in range(count)]
+        lengths = np.stack([self.lengths[w * T:(w + 1) * T] for w in chosen])          # (count, T)
+        width = 1 + int(lengths.max())
+        ids, counts = (np.concatenate([stored[self.offsets[w]:self.offsets[w + 1]] for w in chosen])
+                       for stored in (self.ids, self.counts))                          # (n,): all labels of the rows
+        batch = Batch(*(None if t is None else t.to(device) for t in batch))
+        lengths, ids, counts = (torch.from_numpy(a).to(device) for a in (lengths.reshape(-1), ids, counts))
+        lengths = lengths.long()
+        position = torch.arange(count * T, device=device).repeat_interleave(lengths, output_size=len(ids))       # (n,)
+        column = 1 + torch.arange(len(ids), device=device) - (lengths.cumsum(0) - lengths)[position]
+        labels = torch.zeros(count * T, width, dtype=torch.int64, device=device)
+        weights = torch.zeros(count * T, width, device=device)
+        labels[position, column], weights[position, column] = ids.long(), counts.float()
+        sums = weights.sum(1, keepdim=True).clamp(min=1)
+        weights *= torch.full_like(sums, 1 - hard_weight) / sums
+        labels[:, 0] = batch.targets.flatten().clamp(min=0)
+        weights[:, 0] = hard_weight * (batch.targets.flatten() != IGNORE)
+        return LabelledBatch(*batch, *(t.view(count, T, width) for t in (labels, weights)))
 
 
 def label_seconds(distributions, windows):
@@ -186,7 +193,8 @@ def open_cache(cfg, distributions, teacher_hash, windows, tokenizer, machine, st
     expected = dict(format=2, teacher=teacher_hash, tokenizer=tokenizer.hash[:16], data=windows.meta["sha256"],
                     context=cfg.context, windows=pool.per_epoch, labels="sampled")
     if not header and machine.rank == 0:
-        make_cache(directory, {**expected, "seed": cfg.seed}, pool, distributions, tokenizer.vocab_size)
+        make_cache(directory, {**expected, "seed": cfg.seed}, pool, distributions, tokenizer.vocab_size,
+                   2048 if machine.device.type == "cpu" else 16384)
     all_sum(machine, torch.zeros(()))                                # the other processes wait for the first
     cache = Cache(directory, expected, tokenizer.vocab_size)
     say(machine, "cache: {tokens:,} tokens, on average {draws} draws and {bytes_per_token} bytes each; the "

@@ -45,13 +45,16 @@ def set_up(cfg):
 
 def pick_device(name="auto"):
     """The torch device of this name, or the best one here. Raises UserError if it is missing."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    best = next(device for device in have if have[device])
-    if name == "auto":
-        name = best
-    if not have.get(name.split(":")[0], False):
-        raise UserError(f"--device {name}: there is no such device here; use --device {best}")
-    return torch.device(name)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = [*["cuda"] * (gpus > 0), *(f"cuda:{i}" for i in range(gpus)), *["mps"] * torch.backends.mps.is_available(),
+            "cpu"]
+    name = here[0] if name == "auto" else name
+    if name not in here:
+        raise UserError(f"--device {name}: there is no such device here; use --device {' or '.join(here)}")
+    device = torch.device(name)
+    if device.index is not None:
+        torch.cuda.set_device(device)                    # kernels and graphs go where nothing else is said, too
+    return device
 
 
 def number_type(name, device):
@@ -78,8 +81,18 @@ def to_device(batch, device):
 
 def synchronize(device):
     """Waits until a GPU has finished all queued work."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def logits_at_once(device):
+    """Logits that a loss computes in one go: what the cache of a CPU holds, or what fills a GPU.
+
+    A divergence makes about ten float32 copies: 80 MB or 2.6 GB.
+    """
+    return 2 ** 21 if device.type == "cpu" else 2 ** 26
 
 
 def memory_of_machine():
@@ -296,6 +309,17 @@ def is_accelerated(model):
     return bool(native) and native.is_attached(model)
 
 
+def is_fast_on_cpu(model):
+    """Whether the C kernels are attached and read a layer faster than a GPU starts the layer's kernels.
+
+    By arithmetic, not yet measured: a CUDA graph takes about 70 us a layer, 32 kernels of 2 us, in
+    which one core reads 1 MB; the limit is twice that, as a GPU also takes seconds to start.
+    """
+    layers = model.model.layers
+    size = 4 * sum(p.numel() for p in layers.parameters()) + sum(b.nbytes for b in layers.buffers())       # float32
+    return is_accelerated(model) and size <= 2e6 * len(layers)
+
+
 def threads_for(model, count, device):
     """The Threads for generation: `count`, or with 0 the fastest number.
 
@@ -320,10 +344,12 @@ def how_quantized_layers_run(model):
     return f"weights dequantized to {str(model.dtype)[6:]} at each use"
 
 
-def prepared(forward, first_batch, cfg, machine):
+def prepared(forward, first_batch, cfg, machine, functions):
     """A ModelAndLoss with dropout, activation checkpointing, torch.compile, and DDP or FSDP.
 
-    first_batch() gives a Batch for the first compilation. Raises UserError if compilation fails.
+    first_batch() gives a Batch for the first compilation; functions: globals() of train.py, whose
+    softmax_gradient is compiled on a GPU. Where compilation fails, a sentence says so and nothing
+    is compiled; with FSDP a UserError is raised.
     """
     body, fsdp = forward.model.model, cfg.fsdp and machine.size > 1
     body.checkpoint = cfg.checkpoint_activations
@@ -333,15 +359,22 @@ def prepared(forward, first_batch, cfg, machine):
     if fsdp:
         shard(forward, machine)
     if cfg.compile:
-        for module in body.layers if fsdp else (forward.model,):
-            module.compile()                             # in place: no prefix in the state dict
+        for block in body.layers:                        # one compilation for all blocks: a whole model's takes minutes
+            block.compile()                              # in place: no prefix in the state dict
+        if machine.device.type == "cuda":
+            functions["softmax_gradient"] = torch.compile(inspect.unwrap(functions["softmax_gradient"]), dynamic=False)
         try:                                             # the compiler runs, and fails, at the first real step
             with in_dtype(machine):
                 forward(to_device(first_batch(), machine.device))[0].backward()
-            forward.zero_grad(set_to_none=True)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
-            raise UserError(f"--compile does not work here ({type(error).__name__}): leave it out, or install a C++ "
-                            "compiler that torch.compile finds") from None
+            why = f"--compile does not work here ({type(error).__name__})"
+            if fsdp:                                     # the other processes wait in the middle of a block
+                raise UserError(f"{why}: leave it out, or install a C++ compiler that torch.compile finds") from None
+            torch.compiler.set_stance("force_eager")     # from now on, what was compiled runs as it is written
+            say(machine, f"{why}, so the run goes on without it: it needs a C++ compiler that torch.compile finds")
+        forward.zero_grad(set_to_none=True)
     if machine.size > 1 and not fsdp:
         return nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
     return forward

@@ -26,7 +26,7 @@ from data.checkpoints import by_name, checkpoint_hash, find_model, model_name, t
 from data.console import Parser, run
 from data.files import write_json
 from data.loader import Windows
-from data.machine import accelerate, how_quantized_layers_run, in_dtype, pick_device, threads_for
+from data.machine import accelerate, how_quantized_layers_run, in_dtype, logits_at_once, pick_device, threads_for
 from data.prepare import encode_example
 from data.report import (Progress, check_report, evaluation_conditions, evaluation_table, step_by_step, table,
                          write_distillation, write_lines, write_report)
@@ -54,7 +54,7 @@ def compare(models, batches, token_bytes):
     """
     device, ids = next(next(iter(models.values())).parameters()).device, len(token_bytes)
     token_bytes = torch.as_tensor(token_bytes, device=device)
-    rows = max(1, 2 ** 21 // max(m.config.vocab_size for m in models.values()))
+    rows = max(1, logits_at_once(device) // max(m.config.vocab_size for m in models.values()))
     # Numbers, not tensors: small tensors pin the memory of the logits that were freed beside them.
     nats, same = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0)
     divergence = {name: array.array("f") for name in models}
@@ -278,7 +278,7 @@ def evaluate_command(args):
     device, results = pick_device(args.device), {}
     threads_for(None, args.threads or torch.get_num_threads(), device)
     for name, directory in directories.items():
-        start, (model, tokenizer) = time.perf_counter(), open_model(directory, device, args.native)
+        start, (model, tokenizer) = time.perf_counter(), open_model(directory, device, args.native, torch.float32)
         results[name] = evaluate(model, tokenizer, lines, answered, args.max_new_tokens, name)
         print(f"[{name}: {len(lines):,} responses scored, {count} prompts answered in "
               f"{time.perf_counter() - start:.0f} s]", file=sys.stderr)
@@ -310,6 +310,7 @@ def ruler(directories, args, command):
         raise UserError("--escalate measures two models at work together, a small and a large one with the same "
                         "tokenizer: data/measure.py SMALL BIG --escalate")
     base, files = next(iter(models)), dict(directories)
+    dtype = torch.float32 if device.type == "cpu" else models[base].dtype         # of all; a CPU is slow at 16 bits
     window = min(model.config.max_position_embeddings for model in models.values())
     new_tokens = args.new_tokens or max(1, min(64, window // 4))
     prompt = args.prompt_tokens or max(1, min(256, window - new_tokens))
@@ -321,7 +322,6 @@ def ruler(directories, args, command):
     print(f"measuring {', '.join(models)} on {device}: {protocol}", flush=True)
 
     def rows_of(names):
-        dtype = torch.float32 if device.type == "cpu" else None                   # a CPU is slow at 16 bits
         models = {name: accelerate(load(directories[name], device, dtype), args.native) for name in (base, *names)}
         others = {name: (batches[name], tokenizers[name].token_bytes()) for name in names
                   if tokenizers[name].hash != tokenizers[base].hash}
@@ -417,7 +417,7 @@ def sweep_command(args, command):
     chains = chains_of(args, model)
     args.measure = [args.model]                                  # the model whose history names the text
     scored_text(args, {base: tokenizer}, model.history, calibration_context(model))      # refuses before any work
-    open_stages(out, args, MEASURING)
+    open_stages(out, args, (*MEASURING, "device"))
     with resume_hint(out):
         args.run = str(out / "model.run")
         if any(map(needs_text, chains)) and calibration_data(model, tokenizer, args).is_file():
@@ -463,7 +463,7 @@ def report(cfg, machine, models, val, tokenizer, cached):
     with in_dtype(machine):
         rows = compare(models, val.evaluation_batches(max(1, 8192 // cfg.context), cfg.eval_tokens),
                        tokenizer.token_bytes())
-        speeds = speed({n: m for n, m in models.items() if n != "control"}, window // 2, max(1, window // 4))
+    speeds = speed({n: m for n, m in models.items() if n != "control"}, window // 2, max(1, window // 4))
     base, runs = next(iter(rows.values()))["bits_per_byte"], {"student": out, "control": out / "control"}
     for name, row in rows.items():
         figures_of_speed = speeds["student" if name == "control" else name]      # the two have one shape

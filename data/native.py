@@ -19,7 +19,7 @@ from torch import nn
 from data.compiled import build_library, built_library
 from data.console import say_once
 from data.rotary import ENDING
-from data.structure import has_quantized
+from data.structure import has_quantized, hooks_of
 
 SOURCE = Path(__file__).with_name("kernels.c")
 EXACT, NARROW, BLOCKS = 1e-3, 0.05, 0.2          # how far two ways may differ, as a share of the norm: see `agrees`
@@ -338,6 +338,7 @@ def fast_softmax_gradient(plain):
 
     @functools.wraps(plain)
     def softmax_gradient(logits, targets):
+        logits = logits.float()
         if not applies(logits):
             return plain(logits, targets)
         if plain not in PROVEN:
@@ -414,13 +415,6 @@ def knows(body, cache):
             and all(t.dtype == torch.float32 and t.is_contiguous() and t.device.type == "cpu"
                     for t in (cache.keys[0], *body.parameters()))
             and not any(m.in_features % 32 for m in body.layers.modules() if hasattr(m, "scales")))
-
-
-def hooks_of(body):
-    """The dicts in which PyTorch keeps hooks on the forward passes of a Body's modules: empty where there are none."""
-    everywhere = nn.modules.module
-    return [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks,
-            *(hooks for m in body.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks))]
 
 
 class Decoder:

@@ -74,13 +74,18 @@ def launch():
 def join_processes(device, rank, size):
     """Joins torchrun's processes into a group. Returns the device of this process."""
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(f"torchrun started more processes than this machine has GPUs: --nproc_per_node {gpus}")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         store, _, _ = next(dist.rendezvous("env://"))
         # After a restart the store holds keys of the crashed attempt: each attempt has a prefix.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
+                                device_id=device if cuda else None,
                                 timeout=datetime.timedelta(hours=2))         # the others wait until the first has data
     return device
 
@@ -95,9 +100,9 @@ def summed_gradients(forward, last):
 
 
 def clip_gradients(params, largest):
-    """Scales gradients to a norm over all shards of at most `largest`. Returns the old norm."""
+    """Scales gradients to a norm over all shards of at most `largest`. Returns the old norm, ()."""
     norm = nn.utils.clip_grad_norm_(params, largest)
-    return (norm.full_tensor() if is_sharded(norm) else norm).item()
+    return norm.full_tensor() if is_sharded(norm) else norm
 
 
 def shard(forward, machine):

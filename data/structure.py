@@ -44,6 +44,13 @@ def has_quantized(module):
     return any(map(is_quantized, module.modules()))
 
 
+def hooks_of(module):
+    """The dicts in which PyTorch keeps hooks on the forward passes in a module: empty where there are none."""
+    everywhere = nn.modules.module
+    return [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks,
+            *(hooks for m in module.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks))]
+
+
 def dense_layers(model):
     """{name: layer} of all dense matrices, without a tied head and learned positions."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))
@@ -114,14 +121,14 @@ def slice_model(model, indices):
     small.tie_weights()
     small.history = model.history
     small.exits = sorted({sum(i < e for i in layers) for e in model.exits} - {0, len(layers)})
-    return small.train(model.training)
+    return small.to(next(model.parameters()).device).train(model.training)       # frequencies, too
 
 
 def head_channels(config, groups):
     """{"queries", "keys"}: channels of key-value heads `groups` (layers, n), and of query heads."""
     share, D = config.num_attention_heads // config.num_key_value_heads, config.head_dim
-    return {axis: (groups[..., None] * size + torch.arange(size)).flatten(1)                   # (layers, n * size)
-            for axis, size in (("queries", share * D), ("keys", D))}
+    channels = lambda size: groups[..., None] * size + torch.arange(size, device=groups.device)      # (layers, k, size)
+    return {axis: channels(size).flatten(1) for axis, size in (("queries", share * D), ("keys", D))}   # (layers, n)
 
 
 def granularity(size):
@@ -231,4 +238,4 @@ def dequantize(model):
             weights[f"{module.removesuffix('.table')}.weight"] = layer.dense().to(model.dtype)
     dense.load_state_dict(weights, strict=False, assign=True)
     dense.tie_weights()
-    return dense.train(model.training)
+    return dense.to(next(model.parameters()).device).train(model.training)       # frequencies, too

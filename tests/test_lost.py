@@ -1,9 +1,10 @@
 """Nothing is lost: what these scripts did not write stays, a kill leaves something that goes on, a damaged file is one
 sentence. tests/breaking.py does the same in hundreds."""
-import json, os, shutil, subprocess, sys
+import functools, json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import compress, distill, sample, train
 from data import UserError, machine
@@ -138,6 +139,20 @@ def test_every_error_of_the_system_is_one_sentence(number, said, capsys):
         run(main)
     text = capsys.readouterr().err
     assert end.value.code == 2 and said in text and text.count("\n") == 1 and text.startswith("error: ")
+
+
+@pytest.mark.parametrize("script, argv, said", [(train, ["--steps", "2"], "lower --micro-batch or --batch-size or --context"),
+                                                (sample, ["out", "--prompt", "a"], "lower --samples or --max-new-tokens")])
+def test_memory_that_is_full_names_the_flags_of_the_command(script, argv, said, capsys):
+    parse = sample.sample_arguments if script is sample else functools.partial(train.parse, train.TrainConfig, "")
+
+    def main():
+        parse(argv)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB")
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and text.count("\n") == 1 and "memory of this GPU" in text and said in text
 
 
 def test_closed_streams_newlines_and_sizes_that_no_machine_has(place):

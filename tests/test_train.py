@@ -17,7 +17,7 @@ from model import Config, Transformer, load
 from data.schedule import is_due, is_falling, new_origin, plan
 
 ROOT = Path(train.__file__).parent
-TINY = "--layers 2 --width 32 --heads 2 --context 32 --batch-size 4 --warmup 3 --evals 2 --eval-tokens 512 --save-seconds 1e9".split()
+TINY = "--layers 2 --width 32 --heads 2 --context 32 --batch-size 4 --warmup 3 --evals 2 --eval-tokens 512 --save-seconds 1e9 --device cpu".split()
 
 
 @pytest.fixture(scope="session")
@@ -292,6 +292,8 @@ def test_bad_input(data, whole_run, examples, tmp_path, monkeypatch):
     refused(*d, "--optimizer", "sgd", match="--optimizer must be one of")
     refused(*d, "--context", 10 ** 6, match="lower --context")
     refused(*d, "--device", "cuda:9", match="use --device")
+    refused(*d, "--device", "cuda:x", match="use --device")
+    refused(*d, "--preset", "gpu", "--device", "cpu", match=r"about 1.4 billion tokens .* data/prepare.py fineweb-edu --size 2GB")
     refused("--data", "stdlob", "--out", tmp_path / "x", match="stdlib")
     refused("--data", data, "--out", whole_run, match="--resume")
     refused("--out", whole_run, "--resume", "--width", 64, match="--width is 64, but the run")
