@@ -40,8 +40,8 @@ def refuse_companions(directory):
     """Raises UserError for files beside the weights that change the meaning of these."""
     for name in sorted(QUANTIZED):
         if (Path(directory) / name).exists():
-            raise UserError(f"{directory} holds {name}, settings of quantized weights, which is not read here; take the "
-                            "model before it was quantized")
+            raise UserError(f"{directory} holds {name}, settings of quantized weights, which is not read here; take "
+                            "the model before it was quantized")
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (Path(directory) / name).exists() and not is_adapter(directory):
             raise UserError(f"{directory} holds {name}, an adapter, without its adapter_config.json: add that, or move "
