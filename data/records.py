@@ -57,7 +57,10 @@ def unpacked(path, name):
 
 
 def zstd_library(name):
-    """Python's module for .zst. The package `zstandard` is none: it takes a cut file for a whole one."""
+    """Python's module for .zst; not the package `zstandard`, whose reader takes a cut file for a whole one.
+
+    Raises UserError if it is missing.
+    """
     try:
         from compression import zstd                             # Python 3.14
     except ImportError:
@@ -224,9 +227,11 @@ class Scanner:
                 self.take(",")
         self.take("}")
         only = next(iter(fields.values())) if len(fields) == 1 else None
+        if listed:
+            return
         if isinstance(only, list) and only and isinstance(only[0], dict) and not {"role", "from"} & only[0].keys():
             yield from map(self.record, only)
-        elif not listed:
+        else:
             yield self.record(fields)
 
 

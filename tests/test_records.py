@@ -24,8 +24,8 @@ def in_formats(rows):
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     return {"a.jsonl": lines, "a.NDJSON": "\n" + lines.replace("\n", "\r\n\n") + "\n", "a.json": json.dumps(rows), "lines.json": lines,
             "pretty.json": json.dumps(rows, indent=4, ensure_ascii=False), "a.csv": table(rows, ","), "semicolon.csv": table(rows, ";"),
-            "data.json": json.dumps({"version": [1.5, None], "data": rows, "by": {"data": [3]}}, indent=1),
-            "rows.json": json.dumps({"rows": rows}), "alone.json": json.dumps({"faqs": rows}), "a.tsv": table(rows, "\t"), "index.csv": table([{"": "7", **row} for row in rows], ",")}
+            "data.json": json.dumps({"data": rows, "by": [{"data": [3]}]}, indent=1),
+            "rows.json": json.dumps({"features": [{"name": "text"}], "rows": rows}), "alone.json": json.dumps({"faqs": rows}), "a.tsv": table(rows, "\t"), "index.csv": table([{"": "7", **row} for row in rows], ",")}
 
 
 def packings():
