@@ -180,7 +180,7 @@ def stamp(file):
     return file, file.path.is_file() and (file.path.stat().st_size, file.path.stat().st_mtime_ns)
 
 
-def check_scans(scan, val_scan, inputs, val, skipped):
+def check_scans(scan, val_scan, inputs, val, skipped, names):
     """Says what records were taken for. Raises UserError for no text to use, or text of two kinds."""
     for found, flag, paths in (scan, "--input", inputs), (val_scan, "--val", val):
         if found and found.shapes:
@@ -189,6 +189,9 @@ def check_scans(scan, val_scan, inputs, val, skipped):
             why = str(skipped) or "there are no files"
             raise UserError(f"{flag} {' '.join(map(str, paths))}: no text to use ({why}); "
                             "it must be UTF-8 text, or .jsonl, .json, .csv, .tsv or .parquet")
+    if any(names) and not scan.shapes:
+        raise UserError("--text-field, --prompt-field and --response-field name fields of records, and there are none: "
+                        "leave them out, or give a file such as .jsonl or .csv")
     if val_scan and val_scan.kind != scan.kind:
         raise UserError(f"--input is {scan.kind} but --val is {val_scan.kind}; both must be of one kind")
 
@@ -264,7 +267,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
         # the first pass, and the settings that make a dataset another one
         scan = Scan(files, skipped, smoke, "--input", part, progress, size)
         val_scan = Scan(val_files, skipped, smoke, "--val", part, progress) if val_files else None
-        check_scans(scan, val_scan, inputs, val, skipped)
+        check_scans(scan, val_scan, inputs, val, skipped, names)
         settings = {"kind": scan.kind, "sha256": scan.sha256, "val_sha256": val_scan and val_scan.sha256,
                     "split_seed": seed, "val_fraction": None if val_scan else val_fraction, "smoke": smoke,
                     "trained_ids": None if tokenizer else vocab_size}
