@@ -1,14 +1,23 @@
 """The families that came later: logits, tokenizers, files and steps, against transformers on tiny random models."""
+import json, random
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+import compress, distill, sample, train
 from data import UserError, export
 from data.hub import FAMILIES
+from data.loader import Windows
 from data.machine import accelerate
+from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from model import KVCache, load, save
+from model import KVCache, Transformer, load, save
+from shared import config_of
+from test_gguf import TEXTS
 from test_model import CASES as OLDER, randomize, same
+from test_values import ODD
 
 TINY = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64)
@@ -51,6 +60,34 @@ def reference(case, directory, **changes):
     return model
 
 
+NEW_FIELDS = {"smollm3": ("no_rope_layers", "no_rope_layer_interval"), "granite": ("logits_scaling", "residual_multiplier"), "olmo2": (),
+              "gemma3_text": ("rope_parameters", "rope_local_base_freq", "query_pre_attn_scalar", "sliding_window_pattern", "layer_types",
+                              "final_logit_softcapping"), "phi": ("qk_layernorm", "partial_rotary_factor", "tie_word_embeddings"),
+              "gpt_neox": ("rotary_pct", "rotary_emb_base", "use_parallel_residual")}
+
+
+@pytest.mark.parametrize("family", NEW_FIELDS)
+def test_no_value_of_config_ends_in_anything_but_a_model_or_one_sentence(family, tmp_path):
+    model = Transformer(config_of({**TINY, "num_hidden_layers": 2, "model_type": family})).initialize()
+    save(model, tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    right = json.loads(file.read_text(encoding="utf-8"))
+    for field in NEW_FIELDS[family]:
+        for value in (*ODD, {"sliding_attention": 3}, {"full_attention": {"rope_type": "linear"}}, {"sliding_attention": {"rope_theta": "x"}}):
+            file.write_text(json.dumps({**right, field: value}), encoding="utf-8")
+            try:
+                save(load(tmp_path / "m"), tmp_path / "again")
+            except UserError as error:
+                assert str(tmp_path / "m") in str(error) and "\n" not in str(error) and len(str(error)) < 600
+
+
+@pytest.mark.parametrize("model_type, reason", [("qwen3_next", "recurrent"), ("mixtral", "mixture of experts"), ("lfm2", "convolutions"),
+                                                ("deepseek_v3", "latent"), ("gemma3n", "caches"), ("gemma3", "reads images"), ("gemma2", "caps")])
+def test_a_family_that_needs_another_block_is_refused_with_the_reason(model_type, reason):
+    with pytest.raises(UserError, match=f"model_type '{model_type}' is not supported: .*{reason}"):
+        config_of({**TINY, "model_type": model_type})
+
+
 def test_every_family_is_tested():
     names = {"Gemma3": "gemma3_text", "GPTNeoX": "gpt_neox"}
     assert set(FAMILIES) == {names.get(n, n.lower()) for n, _ in [*CASES.values(), *OLDER.values()]}
@@ -64,12 +101,11 @@ def test_family_equals_transformers(case, tmp_path):
     expected = theirs(ids).logits.detach()
     for model in (load(tmp_path / "theirs"), accelerate(load(tmp_path / "theirs"))):
         same(model(ids), expected)
-        for grad in (True, False):                                             # without gradients: in C, where it can be
-            with torch.set_grad_enabled(grad):
-                cache = KVCache(model.config, 2, 40)                           # prefill, a second piece, single tokens
-                logits = [model(ids[:, :9], cache=cache), model(ids[:, 9:20], cache=cache)]
-                logits += [model(ids[:, t:t + 1], cache=cache) for t in range(20, 40)]
-                same(torch.cat(logits, dim=1), expected)
+        with torch.no_grad():                                                  # in C, where it can be
+            cache = KVCache(model.config, 2, 40)                               # prefill, a second piece, single tokens
+            logits = [model(ids[:, :9], cache=cache), model(ids[:, 9:32], cache=cache)]
+            logits += [model(ids[:, t:t + 1], cache=cache) for t in range(32, 40)]
+            same(torch.cat(logits, dim=1), expected)
     save(model, tmp_path / "ours")                                             # and back
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
     assert type(again) is type(theirs)
@@ -130,3 +166,166 @@ def test_gguf_that_llama_cpp_does_not_read_is_refused(case, more, match, tmp_pat
     reference(case, tmp_path / "m", vocab_size=259, **more)
     with pytest.raises(UserError, match=match):
         export.write_gguf(load(tmp_path / "m"), Tokenizer.from_bytes(), "f32", tmp_path / "m.gguf")
+
+
+# --- tokenizers of the families' kinds ---
+
+def added(content, i, special=False, normalized=False):
+    return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": normalized, "special": special}
+
+
+def neox_tokenizer():
+    """Byte-level BPE behind NFC, with a token for each run of 2 to 24 spaces."""
+    data = json.loads(json.dumps(Tokenizer.train([*TEXTS.values()] * 3, 330).data))
+    vocab, merges = data["model"]["vocab"], data["model"]["merges"]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    spaces = [added(" " * n, len(vocab) + 26 - n, normalized=True) for n in range(24, 1, -1)]
+    first = len(vocab) + len(spaces) + 2
+    return {**data, "normalizer": {"type": "NFC"}, "pre_tokenizer": level, "decoder": level, "post_processor": level,
+            "model": {**data["model"], "vocab": vocab, "merges": merges},
+            "added_tokens": sorted([*spaces, added("<|endoftext|>", first, special=True)], key=lambda t: t["id"])}, "<|endoftext|>"
+
+
+def gemma_tokenizer():
+    """SentencePiece's BPE with bytes for unknown characters; spaces are letters, runs of newlines are tokens."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
+    model = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    model.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    model.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", *[f"<0x{b:02X}>" for b in range(256)]]
+    model.train_from_iterator([TEXTS["prose"], TEXTS["code"], TEXTS["spaces"]] * 3, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, show_progress=False))
+    data = json.loads(model.to_str())
+    n = len(data["model"]["vocab"])
+    data["added_tokens"] = [added(t, i, special=True) for i, t in enumerate(specials[:6])] + [added("\n" * k, n + k - 2) for k in (2, 3, 4)]
+    data["decoder"] = {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                                                        {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    one = [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    data["post_processor"] = {"type": "TemplateProcessing", "single": one, "pair": one,
+                              "special_tokens": {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}}}
+    return data, "<eos>"
+
+
+@pytest.mark.parametrize("make, family", [(neox_tokenizer, "gpt_neox"), (gemma_tokenizer, "gemma3_text")])
+def test_tokenizers_give_the_ids_of_transformers(make, family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    data, end = make()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}), encoding="utf-8")
+    ours = Tokenizer.load(tmp_path)
+    ours.save(tmp_path / "again")
+    for theirs in map(transformers.AutoTokenizer.from_pretrained, (tmp_path, tmp_path / "again")):
+        for name, text in TEXTS.items():
+            ids = ours.encode(text, special=True)
+            assert ids == theirs.encode(text, add_special_tokens=False), name
+            decoded = ours.decode(ids)
+            assert decoded == theirs.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            assert decoded == text or name == "prose" and family == "gpt_neox"                # NFC
+        assert ours.encode("a", bos=True) == theirs.encode("a")
+
+
+
+# --- steps, students and training of a model of each family ---
+
+SMALL = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=64)
+FAMILY = {"smollm3": dict(SMALL, no_rope_layer_interval=2), "olmo2": SMALL, "gpt_neox": SMALL, "phi": SMALL,
+          "granite": dict(SMALL, embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=2.5),
+          "gemma3_text": dict(SMALL, head_dim=16, sliding_window=9, query_pre_attn_scalar=24, sliding_window_pattern=2)}
+LINES = [f"w{i} = f({i * i % 7}, {i % 13})\n" for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder with text.txt and text/, that prepared with 320 ids."""
+    folder = tmp_path_factory.mktemp("families")
+    (folder / "text.txt").write_text("".join(random.Random(0).choices(LINES, k=1500)), encoding="utf-8")
+    prepare(inputs=[folder / "text.txt"], vocab_size=320, out=folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILY)
+def family(request, text):
+    """(name, directory of a model of that family, trained for some steps)."""
+    model, windows = Transformer(config_of({"model_type": request.param, **FAMILY[request.param]})), Windows(text / "text", "train", 32)
+    model.initialize(torch.Generator().manual_seed(0))
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for step in range(40):
+        loss, count, _ = train.cross_entropy(model, windows.training_rows(0, step * 8, 8))
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss / count))
+    assert losses[-1] < 0.6 * losses[0]
+    save(model, text / request.param, Tokenizer.load(text / "text"))
+    return request.param, text / request.param
+
+
+def test_the_gradient_is_that_of_the_logits(family):
+    """Also of a head with a bias, and of logits that are divided: train.py computes neither logits nor gradients by autograd."""
+    model, batch = load(family[1]), Windows(family[1].parent / "text", "val", 32).training_rows(0, 0, 2)
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(train.cross_entropy(model, batch)[0], parameters)
+    expected = torch.autograd.grad(F.cross_entropy(model(batch.ids).flatten(0, 1), batch.targets.flatten(), reduction="sum"), parameters)
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_native_text_is_the_same_text(family):
+    ids = torch.tensor([Tokenizer.load(family[1]).encode("w1 = f(")])
+    plain, fast = ([int(i) for i in sample.generate(accelerate(load(family[1]), native), ids, 30, temperature=0)] for native in (False, True))
+    assert plain == fast
+
+
+def same_in_transformers(directory):
+    transformers = pytest.importorskip("transformers")
+    model, ids = load(directory), torch.randint(200, (1, 30), generator=torch.Generator().manual_seed(1))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    same(theirs(ids).logits.detach(), model(ids).detach())
+
+
+def loss_of(directory, text):
+    batch = Windows(text / "text", "val", 32).training_rows(5, 0, 32)
+    return float(F.cross_entropy(load(directory)(batch.ids).flatten(0, 1), batch.targets.flatten()))
+
+
+def test_steps_of_compress(family, text):
+    name, directory = family
+
+    def run(*steps, flags=()):
+        compress.main([str(directory), *steps, "--out", str(directory / "out"), "--overwrite", *map(str, flags)])
+        return directory / "out"
+
+    before, calibrated = loss_of(directory, text), ["--calibration", text / "text.txt", "--calibration-windows", "8"]
+    for steps, flags, worse in ((["int8"], [], 0.05), (["int4:32:gptq"], calibrated, 0.2), (["lowrank:0.7:whitened"], calibrated, 0.3),
+                                (["sparse:0.7"], calibrated, 0.2)):
+        assert loss_of(run(*steps, flags=flags), text) < before + worse
+    heads = ["heads:0.5"] if name not in ("olmo2", "gpt_neox") else []
+    pruned = run("depth:0.75", *heads, "ffn:0.75", "vocab:0.95", flags=calibrated)
+    config = load(pruned).config
+    assert (config.num_hidden_layers, config.intermediate_size, config.num_attention_heads) == (3, 96, 2 if heads else 4)
+    assert config.vocab_size < 320
+    same_in_transformers(pruned)
+    if not heads:
+        for step in ("heads:0.5", "width:0.7"):
+            with pytest.raises(UserError, match="use ffn or depth"):
+                run(f"{step}:magnitude")
+        return
+    assert loss_of(run("width:0.7", flags=calibrated), text) < before + 0.5
+    assert load(run("width:0.4:magnitude")).config.hidden_size == 32
+    if name == "gemma3_text":                                     # its config.json has no word for the factor of another width
+        assert json.loads((directory / "out" / "config.json").read_text())["switches"] == {"embedding_multiplier": 8.0}
+    else:
+        same_in_transformers(directory / "out")
+
+
+def test_students(family, text):
+    name, directory = family
+    run = ["--data", str(text / "text"), *"--steps 3 --context 32 --batch-size 4 --warmup 1 --evals 1 --eval-tokens 256 --save-seconds 1e9 --threads 1 --dtype float32".split()]
+    exits = ["--exits 2"] if name in ("granite", "phi") else []    # through a head with a divisor, or with a bias
+    for flags in ("--student-layers 2 --hidden mse --attention-weight 1", "--student-layers 2 --init random --student-width 32", *exits):
+        distill.main([str(directory), "--out", str(directory / "student"), "--overwrite", *run, *flags.split()])
+        same_in_transformers(directory / "student" / "best")
+    train.main(["--init-from", str(directory), "--out", str(directory / "more"), *run])
+    same_in_transformers(directory / "more" / "best")
