@@ -413,8 +413,7 @@ def student_of_layers(cfg, teacher, layers):
                         "--init random, or distill from the model that it was made of")
     if teacher.dtype != torch.float32:                           # on a GPU the teacher runs in 16 bits
         teacher = load(cfg.teacher, dtype=torch.float32)
-    layers = torch.tensor(layers, device=next(teacher.parameters()).device)
-    return slice_model(teacher, {"layers": layers})
+    return slice_model(teacher, {"layers": torch.tensor(layers)})
 
 
 def make_student(cfg, given, teacher, tokenizer, machine):
