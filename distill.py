@@ -416,8 +416,9 @@ def student_of_layers(cfg, teacher, layers):
     if teacher.compression:
         raise UserError(f"{cfg.teacher} has layers that are not dense, and a student starts from dense ones: use "
                         "--init random, or distill from the model that it was made of")
-    exact = load(cfg.teacher, dtype=torch.float32)               # on a GPU the teacher itself may run in 16 bits
-    return slice_model(exact, {"layers": torch.tensor(layers)})
+    if teacher.dtype != torch.float32:                           # on a GPU the teacher runs in 16 bits
+        teacher = load(cfg.teacher, dtype=torch.float32)
+    return slice_model(teacher, {"layers": torch.tensor(layers)})
 
 
 def make_student(cfg, given, teacher, tokenizer, machine):

@@ -107,6 +107,20 @@ def test_schedule():
     assert round(train.lr_at(50, 100, cfg), 6) == 0.5 and train.lr_at(99, 100, cfg) < 1e-3
 
 
+def test_a_compilation_that_fails_costs_a_sentence(data, tmp_path, monkeypatch, capsys):
+    from torch._inductor import config
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    flags = ("--steps", 2, "--optimizer", "adamw", "--threads", 1)
+    try:
+        go(data, tmp_path / "a", *flags, "--compile")
+    finally:
+        torch.compiler.set_stance("default")
+    assert "--compile does not work here" in capsys.readouterr().out
+    go(data, tmp_path / "b", *flags)
+    assert steps(tmp_path / "a") == steps(tmp_path / "b")
+
+
 # --- batches ---
 
 def test_rows_are_a_function_of_seed_and_number_and_an_epoch_reads_each_window_once(data):
