@@ -401,8 +401,8 @@ def random_student(cfg, config, layers, tokenizer):
     factor = config.embedding_multiplier
     factor = width ** 0.5 if factor == config.hidden_size ** 0.5 else factor # Gemma's follows the width
     student = Transformer(shaped(
-        config, layers, embedding_multiplier=factor, hidden_size=width, num_attention_heads=heads, head_dim=width // heads,
-        num_key_value_heads=heads // shared if heads % shared == 0 else heads,
+        config, layers, embedding_multiplier=factor, hidden_size=width, num_attention_heads=heads,
+        head_dim=width // heads, num_key_value_heads=heads // shared if heads % shared == 0 else heads,
         intermediate_size=cfg.student_ffn or max(1, config.intermediate_size * width // config.hidden_size),
         vocab_size=tokenizer.vocab_size if cfg.from_samples else config.vocab_size))
     return student.initialize(torch.Generator().manual_seed(cfg.seed))

@@ -33,7 +33,7 @@ CORPORA = {  # name: (address of a fixed revision, {file: git's id of the conten
                     {"TinyStoriesV2-GPT4-train.txt": None, "TinyStoriesV2-GPT4-valid.txt": None}),
     "fineweb-edu": (HUB + "HuggingFaceFW/fineweb-edu/resolve/87f09149ef4734204d70ed1d046ddc9ca3f2b8f9/sample/10BT/",
                     {"013_00000.parquet": "b393f51fefab26cd6f4c8f65707c1924f6666c4961a0ebebe04bb57f7ec832de"}),
-}  # of the 14 files of fineweb-edu's sample this is the smallest, 541 MB
+}  # of the 14 files of fineweb-edu's sample this is the smallest, 541 MB; the sum is as public lock files give it
 SIZES = {"fineweb-edu": 100_000_000}  # bytes of text that are taken, if --size does not say it
 
 
