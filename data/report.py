@@ -93,7 +93,7 @@ def picture(out):
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set(xlabel="tokens learned", ylabel="loss (bits per byte)",
            title=f"{out.name}: {min(validation['validation'][1]):.3f} bits per byte at best")
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=2 if len(validation) > 1 else 3)
     ax.grid(axis="y", alpha=0.3)
     save_figure(figure, out / "loss.png")
 
