@@ -25,7 +25,7 @@ def find_model(path):
     path = named(path)
     for base in (path, path / "best", path / "last"):
         for candidate in (base, beside(base, "new"), beside(base, "old")):
-            if (candidate / "config.json").is_file() or is_adapter(candidate):  # what a save writes last
+            if (candidate / "config.json").is_file() or is_adapter(candidate):        # a save writes that last
                 return candidate
     if not path.exists():
         raise UserError(f"there is no directory {path}")
@@ -40,8 +40,8 @@ def refuse_companions(directory):
     """Raises UserError for files beside the weights that change the meaning of these."""
     for name in sorted(QUANTIZED):
         if (Path(directory) / name).exists():
-            raise UserError(f"{directory} holds {name}, settings of quantized weights, which is not read here; take the "
-                            "model before it was quantized")
+            raise UserError(f"{directory} holds {name}, settings of quantized weights, which is not read here; take "
+                            "the model before it was quantized")
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (Path(directory) / name).exists() and not is_adapter(directory):
             raise UserError(f"{directory} holds {name}, an adapter, without its adapter_config.json: add that, or move "
