@@ -398,8 +398,8 @@ def random_student(cfg, config, layers, tokenizer):
     if width % heads or width // heads % 2:
         raise UserError(f"--student-width ({width}) must be an even multiple of --student-heads ({heads})")
     shared = config.num_attention_heads // config.num_key_value_heads        # query heads on one key-value head
-    factor = config.embedding_multiplier
-    factor = width ** 0.5 if factor == config.hidden_size ** 0.5 else factor # Gemma's follows the width
+    factor = config.embedding_multiplier                                     # Gemma's follows the width
+    factor = width ** 0.5 if factor == config.hidden_size ** 0.5 else factor
     student = Transformer(shaped(
         config, layers, embedding_multiplier=factor, hidden_size=width, num_attention_heads=heads,
         head_dim=width // heads, num_key_value_heads=heads // shared if heads % shared == 0 else heads,

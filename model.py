@@ -169,9 +169,8 @@ class Attention(nn.Module):
 
     def to_heads(self, x, norm, rotary):
         """Queries or keys x (B, T, heads * D), normalized and turned by their positions: (B, heads, T, D)."""
-        x = norm(x) if self.norm_first else x
-        x = x.unflatten(-1, (-1, self.head_dim))                                     # (B, T, heads, D)
-        x = x if self.norm_first else norm(x)
+        heads = -1, self.head_dim
+        x = norm(x).unflatten(-1, heads) if self.norm_first else norm(x.unflatten(-1, heads))        # (B, T, heads, D)
         return (x if rotary is None else rotate(x, *rotary)).transpose(1, 2)
 
     def queries_keys(self, x, rotary):

@@ -25,7 +25,7 @@ def find_model(path):
     path = named(path)
     for base in (path, path / "best", path / "last"):
         for candidate in (base, beside(base, "new"), beside(base, "old")):
-            if (candidate / "config.json").is_file() or is_adapter(candidate):  # what a save writes last
+            if (candidate / "config.json").is_file() or is_adapter(candidate):        # a save writes that last
                 return candidate
     if not path.exists():
         raise UserError(f"there is no directory {path}")

@@ -128,16 +128,23 @@ def unsupported_by_llama_cpp(c):
             return f"{name} {getattr(c, name)!r}"
     if c.no_rope_layers != ([int((i + 1) % 4 != 0) for i in range(c.num_hidden_layers)] if arch == "smollm3" else None):
         return "layers without rotary positions other than every fourth"
-    if not c.learned_positions and c.rope["rope_type"] not in ("default", "linear", "dynamic"):
-        only = {"llama3": "llama", "longrope": "phi3"}.get(c.rope["rope_type"])
-        if arch != only:
-            return f"rope_type {c.rope['rope_type']!r}" + (f" (only {only} models have it)" if only else "")
-    if arch not in ("phi3", "gptneox", "phi2") and c.rope["partial_rotary_factor"] != 1:
-        return f"partial_rotary_factor {c.rope['partial_rotary_factor']} (only phi3, gptneox and phi2 models have it)"
+    if not c.learned_positions and (missing := unsupported_rope(c.rope, arch)):
+        return missing
     if arch == "phi2" and c.num_key_value_heads != c.num_attention_heads:
         return f"num_key_value_heads {c.num_key_value_heads} other than num_attention_heads"
     if arch not in ("llama", "qwen3", "smollm3") and c.num_attention_heads * c.head_dim != c.hidden_size:
         return f"num_attention_heads x head_dim ({c.num_attention_heads} x {c.head_dim}) other than hidden_size"
+    return None
+
+
+def unsupported_rope(rope, arch):
+    """A kind of rotary positions that llama.cpp's architecture lacks, as text; None: it has it."""
+    if rope["rope_type"] not in ("default", "linear", "dynamic"):            # dynamic: plain within our window
+        only = {"llama3": "llama", "longrope": "phi3"}.get(rope["rope_type"])
+        if arch != only:
+            return f"rope_type {rope['rope_type']!r}" + (f" (only {only} models have it)" if only else "")
+    if arch not in ("phi3", "gptneox", "phi2") and rope["partial_rotary_factor"] != 1:
+        return f"partial_rotary_factor {rope['partial_rotary_factor']} (only phi3, gptneox and phi2 models have it)"
     return None
 
 

@@ -44,8 +44,21 @@ def check_config(config, activations):
         if value not in known:
             raise UserError(f"{name} {value!r} is not supported; supported: {', '.join(known)}")
     check_rope(config.rope, config.head_dim)
-    if config.head_bias and config.tie_word_embeddings:
-        raise UserError("tie_word_embeddings: a head with a bias is not tied here")
+    if config.head_bias and (config.tie_word_embeddings or config.logits_scaling != 1):
+        raise UserError("a head with a bias is neither tied to the embedding nor divided by logits_scaling here")
+    check_layers(config)
+    rows = {"vocab_size": config.vocab_size, "intermediate_size": config.intermediate_size,
+            "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim}
+    if config.learned_positions:
+        rows["max_position_embeddings"] = config.max_position_embeddings
+    for name, n in rows.items():
+        if n * config.hidden_size > LARGEST:
+            raise UserError(f"{name} ({n:,}) times hidden_size ({config.hidden_size:,}) is more than the {LARGEST:,} "
+                            "numbers that a tensor may have: make one of them smaller")
+
+
+def check_layers(config):
+    """Raises UserError for a list of the layers that is too short, or holds something else."""
     if config.no_rope_layers is not None:
         check_values(vars(config), {"no_rope_layers": ([int], 0, 1)}, "the model's shape")
         if len(config.no_rope_layers) < config.num_hidden_layers:
@@ -55,14 +68,6 @@ def check_config(config, activations):
         if len(config.layer_types) < config.num_hidden_layers or set(config.layer_types) - set(WINDOWS):
             raise UserError(f"layer_types must name one of {', '.join(WINDOWS)} for each of "
                             f"{config.num_hidden_layers} layers")
-    rows = {"vocab_size": config.vocab_size, "intermediate_size": config.intermediate_size,
-            "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim}
-    if config.learned_positions:
-        rows["max_position_embeddings"] = config.max_position_embeddings
-    for name, n in rows.items():
-        if n * config.hidden_size > LARGEST:
-            raise UserError(f"{name} ({n:,}) times hidden_size ({config.hidden_size:,}) is more than the {LARGEST:,} "
-                            "numbers that a tensor may have: make one of them smaller")
 
 
 @dataclasses.dataclass
@@ -74,6 +79,7 @@ class Family:
     unnamed: tuple = ()                      # fields of Config that the family derives from others
     defaults: dict = dataclasses.field(default_factory=dict)        # transformers' values of absent fields
     rope_types: tuple = tuple(SCALED)        # () for learned positions
+    old_rope_types: dict = dataclasses.field(default_factory=dict)  # old names of kinds of rotary positions
     partial: bool = False                    # whether transformers rotates only a part of each head's channels
     tensors: tuple = ()                      # (the family's module, model.py's modules fused in it, layout)
     prefixes: tuple = ()                     # (model.py's, the family's) for the other tensors
@@ -108,6 +114,9 @@ def qwen_window(h):
     slides = [i >= h.get("max_window_layers", 28) for i in range(h["num_hidden_layers"])]
     return dict(sliding_window=h.get("sliding_window", 0),
                 layer_types=h.get("layer_types") or [WINDOWS[slide] for slide in slides])
+
+
+BIASED = dict(qk_norm=False, mlp_bias=True, gated=False, layer_norm=True)
 
 
 def gpt2(h):
@@ -150,9 +159,6 @@ def gemma3(h):
                 embedding_multiplier=h["hidden_size"] ** 0.5, attention_multiplier=h["query_pre_attn_scalar"] ** -0.5)
 
 
-BIASED = dict(qk_norm=False, mlp_bias=True, gated=False, layer_norm=True)
-
-
 def gpt_neox(h):
     """Switches of GPT-NeoX (Pythia). h: config.json."""
     bias = h.get("attention_bias", True)
@@ -180,7 +186,8 @@ FAMILIES = {
     "llama": Family("LlamaForCausalLM", llama, defaults=dict(max_position_embeddings=2048, intermediate_size=11008)),
     "mistral": Family("MistralForCausalLM", sliding, defaults=dict(
         max_position_embeddings=131072, intermediate_size=14336, num_key_value_heads=8, sliding_window=4096)),
-    "phi3": Family("Phi3ForCausalLM", sliding, rope_types=("default", "longrope"), partial=True, defaults=dict(
+    "phi3": Family("Phi3ForCausalLM", sliding, rope_types=("default", "longrope"), partial=True,
+                   old_rope_types={"su": "longrope", "yarn": "longrope"}, defaults=dict(
         max_position_embeddings=4096, original_max_position_embeddings=4096, intermediate_size=8192,
         rms_norm_eps=1e-5), tensors=(
         ("self_attn.qkv_proj", QKV, ""), ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), ""))),
@@ -338,16 +345,10 @@ def rope_from_hub(values, family, window):
     if not family.rope_types:
         return dict(ROPE)
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}              # transformers 4 and 5
-    if "rope_local_base_freq" in family.defaults:                                         # Gemma 3, in both spellings
-        local = rope.get("sliding_attention") or {}
-        if local.get("rope_type", "default") != "default":
-            raise UserError(f"sliding layers with rope_type {local['rope_type']!r} are not supported")
-        rope = {**rope.get("full_attention", rope),
-                "local_theta": local.get("rope_theta") or values["rope_local_base_freq"]}
+    rope = with_local_theta(rope, values) if "rope_local_base_freq" in family.defaults else rope
     rope = {k: v for k, v in rope.items() if v is not None}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind in ("su", "yarn") and "longrope" in family.rope_types and "yarn" not in family.rope_types:
-        kind = "longrope"                                                                 # Phi-3's old names
+    kind = family.old_rope_types.get(kind, kind)
     rope = {**ROPE, **{k: values[k] for k in ("rope_theta", "partial_rotary_factor") if k in values}, **rope,
             "rope_type": kind}
     refuse_rope(rope, family)
@@ -358,6 +359,15 @@ def rope_from_hub(values, family, window):
         check_values(rope, ROPE_FIELDS, "config.json")
         rope.setdefault("factor", window / rope["original_max_position_embeddings"])
     return rope
+
+
+def with_local_theta(rope, values):
+    """Gemma 3's rotary positions, in both spellings: those of full layers, and the theta of sliding ones."""
+    local = rope.get("sliding_attention") or {}
+    if local.get("rope_type", "default") != "default":
+        raise UserError(f"sliding layers with rope_type {local['rope_type']!r} are not supported")
+    theta = local.get("rope_theta") or values["rope_local_base_freq"]
+    return {**rope.get("full_attention", rope), "local_theta": theta}
 
 
 def refuse_rope(rope, family):

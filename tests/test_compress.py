@@ -434,7 +434,7 @@ def test_strict_loading(made, tmp_path):
     refused("scales is \\(288, 1\\), config.json says \\(288, 2\\)", [{**entries[0], "group": 32}, *entries[1:]])
     refused("lacks tensor", [])
     refused("lacks tensor model.layers.1.mlp.down_proj.weight", entries[:-1])
-    refused("model_type 'mamba' is not supported; supported: qwen3", base_model_type="mamba")
+    refused("model_type 'bloom' is not supported; supported: qwen3", base_model_type="bloom")
     refused("newer version", slm_format=99)
     for changed, match in (({q: tensors[q].to(torch.int8)}, "up_proj.q is torch.int8, config.json says torch.uint8"),
                            ({q.replace(".q", ".scales"): tensors[q.replace(".q", ".scales")].float()}, "config.json says torch.float16"),

@@ -192,7 +192,7 @@ def test_attention_map_is_what_attention_does():
     for segments in (None, torch.tensor([[0] * 6 + [1] * 10] * 3)):
         model(ids_of().ids, segments=segments, hidden=(hidden := []))
         x, rotary, mask, _ = seen["args"]
-        states = distill.States(model.model.layers, hidden, rotary, [mask])
+        states = distill.States(model.model.layers, hidden, [rotary], [mask])
         v = attention.v_proj(x).view(3, 16, 2, 16).transpose(1, 2)
         y = (distill.attention_map(states, 0).exp() @ v).transpose(1, 2).reshape(3, 16, 32)
         assert (attention.o_proj(y) - seen["out"]).abs().max() < 1e-4
