@@ -178,8 +178,8 @@ class Output(contextlib.ExitStack):
             self.progress["sizes"][i] += len(data)
             if i >= 2:
                 mask = np.frombuffer(data, np.uint8)
-                self.progress["learned"][i - 2] += np.count_nonzero(mask & LEARNED)
-                self.progress["examples"][i - 2] += np.count_nonzero(mask & FIRST)
+                self.progress["learned"][i - 2] += int(np.count_nonzero(mask & LEARNED))
+                self.progress["examples"][i - 2] += int(np.count_nonzero(mask & FIRST))
         self.progress["tasks"] += 1
 
     def save(self):

@@ -217,8 +217,8 @@ def print_report(splits, skipped):
     """Prints a line per split, and the documents that were skipped."""
     for which, counts in splits.items():
         if "examples" in counts:
-            print(f"{which}: the chat template shows a turn in another way once it is in the past, so the conversations "
-                  f"become {counts['examples']:,} examples, which repeat the past as the chat shows it")
+            print(f"{which}: the chat template shows a turn in another way once it is in the past, so the "
+                  f"conversations become {counts['examples']:,} examples, which repeat the past as the chat shows it")
         learned = f", {counts['response_tokens']:,} of them learned" if "response_tokens" in counts else ""
         print(f"{which:5} {counts['documents']:9,} documents {counts['bytes']:14,} bytes {counts['tokens']:13,} tokens"
               f"{learned} ({counts['bytes'] / max(1, counts['tokens']):.2f} bytes per token)")
