@@ -63,7 +63,7 @@ def obey(line, messages, system):
 
 
 def fitting(messages, first, tokenizer, room, system):
-    """(first, text): the messages of `system`, and those from `first` on that fit into `room` tokens."""
+    """(first, text): the list `system`, and the messages from `first` on that fit into `room` tokens."""
     text = tokenizer.render(system + messages[first:])
     while first < len(messages) - 1 and len(tokenizer.encode(text, special=True)) > room:
         first += 2                                               # a question and the answer to it
@@ -76,13 +76,16 @@ def converse(prompt, tokenizer, window, max_new_tokens, answer, name, system=Non
 
     answer   function (text, number of the turn) -> a stream of ids
     name     of the model, for the greeting on a terminal
-    system   text of a system message, which stays, or None. Raises UserError if the template takes none
+    system   text of a system message, which stays, or None
+
+    Raises UserError if the template takes no system message.
     """
     messages, first, turn, system = [], 0, 0, [{"role": "system", "content": system}] if system else []
-    try:
-        tokenizer.render(system + [{"role": "user", "content": "hello"}])
-    except UserError as error:
-        raise UserError(f"{'--system' if system else '--chat'}: {error}") from None
+    if system:
+        try:
+            tokenizer.render(system + [{"role": "user", "content": "hello"}])
+        except UserError as error:
+            raise UserError(f"--system: {error}") from None
     if not prompt and sys.stdin is not None and sys.stdin.isatty():
         print(f"{name}: a window of {window} tokens, answers of at most {max_new_tokens} (--max-new-tokens). "
               "/help lists what else there is, Ctrl-D ends.", file=sys.stderr)

@@ -26,7 +26,10 @@ class Names(NamedTuple):
 
 
 def field(fields, options, kind=str):
-    """The record's own name of the first of `options`, in any case, that has such a value; or None."""
+    """The record's own name of the first of `options` that has a value of this type; or None.
+
+    Names are compared without case.
+    """
     own = {key.lower(): key for key in fields} | {key: key for key in fields}
     return next((own[name] for name in options if isinstance(fields.get(own.get(name)), kind)), None)
 

@@ -166,7 +166,7 @@ class Output(contextlib.ExitStack):
         names = ["train.bin", "val.bin"] + ["train.mask.bin", "val.mask.bin"] * (kind == "examples")
         sizes = [(part / name).stat().st_size if (part / name).is_file() else 0 for name in names]
         if "tasks" not in progress or any(size < saved for size, saved in zip(sizes, progress["sizes"])):
-            progress.update(tasks=0, sizes=[0] * len(names), learned=[0, 0])
+            progress.update(tasks=0, sizes=[0] * len(names), learned=[0, 0], examples=[0, 0])
         self.files = [self.enter_context(open(part / name, "ab")) for name in names]
         for file, size in zip(self.files, progress["sizes"]):
             file.truncate(size)
@@ -177,7 +177,9 @@ class Output(contextlib.ExitStack):
             file.write(data)
             self.progress["sizes"][i] += len(data)
             if i >= 2:
-                self.progress["learned"][i - 2] += int((np.frombuffer(data, np.uint8) & LEARNED).sum())
+                mask = np.frombuffer(data, np.uint8)
+                self.progress["learned"][i - 2] += int(np.count_nonzero(mask & LEARNED))
+                self.progress["examples"][i - 2] += int(np.count_nonzero(mask & FIRST))
         self.progress["tasks"] += 1
 
     def save(self):
@@ -216,6 +218,8 @@ def write(part, progress, tokenizer, sources, kind):
         counts["tokens"] = progress["sizes"][which] // dtype.itemsize
         if kind == "examples":
             counts["response_tokens"] = progress["learned"][which]
+            if progress["examples"][which] > counts["documents"]:  # see encode_turns
+                counts["examples"] = progress["examples"][which]
     return dict(zip(("train", "val"), stats)), dtype.name
 
 

@@ -34,7 +34,6 @@ from data import UserError, corpora, download, encoding
 from data.console import Parser, run
 from data.conversation import Names, asked
 from data.files import DATASET, marker_of, refuse_foreign, resumable, settle, write_json
-from data.loader import FIRST
 from data.split import BOTH, DROP, TRAIN, VAL, Scan, Source, split
 from data.tokenizer import SPECIALS, Tokenizer
 
@@ -227,14 +226,12 @@ def train_tokenizer(source, vocab_size):
     return tokenizer
 
 
-def print_report(out, splits, skipped):
+def print_report(splits, skipped):
     """Prints a line per split, and the documents that were skipped."""
     for which, counts in splits.items():
-        if (mask := out / f"{which}.mask.bin").is_file():
-            examples = np.count_nonzero(np.fromfile(mask, np.uint8) & FIRST)
-            if examples > counts["documents"]:
-                print(f"{which}: the chat template shows a turn in another way once it is in the past, so the "
-                      f"conversations become {examples:,} examples, which repeat the past as the chat shows it")
+        if "examples" in counts:
+            print(f"{which}: the chat template shows a turn in another way once it is in the past, so the "
+                  f"conversations become {counts['examples']:,} examples, which repeat the past as the chat shows it")
         learned = f", {counts['response_tokens']:,} of them learned" if "response_tokens" in counts else ""
         print(f"{which:5} {counts['documents']:9,} documents {counts['bytes']:14,} bytes {counts['tokens']:13,} tokens"
               f"{learned} ({counts['bytes'] / max(1, counts['tokens']):.2f} bytes per token)")
@@ -296,7 +293,7 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
             **({} if inputs else {"python": platform.python_version()}), "splits": splits, "skipped": skipped.counts()})
 
     if not existing:
-        print_report(out, splits, skipped)
+        print_report(splits, skipped)
         seconds, read = time.perf_counter() - start, sum(counts["bytes"] for counts in splits.values())
         print(f"wrote {out.name}: {scan.kind}, {tokenizer.vocab_size:,} ids, {dtype}, sha256 {scan.sha256[:12]}; "
               f"{seconds:.1f} s, {read / seconds / 1e6:.1f} MB/s")

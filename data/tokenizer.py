@@ -228,9 +228,9 @@ class Tokenizer:
                 lost = next((m for m in template.fresh(messages) if isinstance(m.get("content"), str)
                              and not template.shows(text, m["content"])), None)
                 if lost:
-                    raise UserError("the tokenizer's chat template loses the text of the message of "
-                                    f"{lost.get('role')} (it may want parts, or other names){template.way_out(some)}: "
-                                    f"{template.OTHER}")
+                    role, hint = lost.get("role"), template.way_out([([lost], False)])
+                    raise UserError(f"the tokenizer's chat template loses the text of the message of {role} (it may "
+                                    f"want parts, or other names){hint}; or {template.OTHER}")
                 yield text
 
     def first_end(self, text):

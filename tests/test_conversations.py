@@ -310,6 +310,20 @@ def test_shapes_may_be_mixed_and_what_cannot_be_learned_is_counted(tmp_path, cap
     assert learned == {f"{n} answer {i}<|im_end|>" for n in ("first", "second") for i in range(12)} | {f"done with {i}<|im_end|>" for i in range(12)}
 
 
+def test_prepare_says_when_a_template_needs_an_example_for_each_turn(tmp_path, capsys):
+    rows = [{"messages": turns(f"question {i}", f"first {i}", "more", f"second {i}")} for i in range(20)]
+    for family, times in (("chatml", 1), ("qwen3", 2)):
+        out = prepare(inputs=[write(tmp_path / "x.jsonl", rows)], out=tmp_path / family, tokenizer=build(family, "qwen2"), val_fraction=0.2)
+        splits = json.loads((out / "meta.json").read_text(encoding="utf-8"))["splits"]
+        said = capsys.readouterr().out
+        for split, counts in splits.items():
+            assert np.count_nonzero(np.fromfile(out / f"{split}.mask.bin", np.uint8) & FIRST) == times * counts["documents"]
+            assert (f"{split}: the chat template shows a turn in another way" in said) == ("examples" in counts) == (times == 2)
+    (tmp_path / "a.txt").write_text("some text\n" * 100, encoding="utf-8")
+    with pytest.raises(UserError, match="name fields of records, and there are none"):
+        prepare(inputs=[tmp_path / "a.txt"], out=tmp_path / "out", tokenizer="bytes", names=Names(prompt="x"))
+
+
 def test_held_out_conversations_keep_their_fields_and_are_read_again(tmp_path):
     """Also those whose fields have names that only the flags of prepare.py know."""
     rows = [{"frage": f"what is {i}?", "antwort": f"a number, {i}", "site": i} for i in range(30)]
