@@ -71,6 +71,18 @@ def fitting(messages, first, tokenizer, room, system):
     return first, text
 
 
+def opening_of(system, tokenizer):
+    """The messages before a conversation, a list. Raises UserError if the template takes none."""
+    if not system:
+        return []
+    messages = [{"role": "system", "content": system}]
+    try:
+        tokenizer.render(messages + [{"role": "user", "content": "hello"}])
+    except UserError as error:
+        raise UserError(f"--system: {error}") from None
+    return messages
+
+
 def converse(prompt, tokenizer, window, max_new_tokens, answer, name, system=None):
     """Answers a prompt, or else each line of standard input; the oldest turns leave a full window.
 
@@ -80,12 +92,7 @@ def converse(prompt, tokenizer, window, max_new_tokens, answer, name, system=Non
 
     Raises UserError if the template takes no system message.
     """
-    messages, first, turn, system = [], 0, 0, [{"role": "system", "content": system}] if system else []
-    if system:
-        try:
-            tokenizer.render(system + [{"role": "user", "content": "hello"}])
-        except UserError as error:
-            raise UserError(f"--system: {error}") from None
+    messages, first, turn, system = [], 0, 0, opening_of(system, tokenizer)
     if not prompt and sys.stdin is not None and sys.stdin.isatty():
         print(f"{name}: a window of {window} tokens, answers of at most {max_new_tokens} (--max-new-tokens). "
               "/help lists what else there is, Ctrl-D ends.", file=sys.stderr)
