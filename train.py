@@ -108,8 +108,8 @@ FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, beta
 # and attention). At 38 % of a product's rate (790 TFLOP/s in bfloat16) that is 400,000 tokens/s, 1.4
 # billion in the hour, 12 for each of these parameters: nanochat measured that as the best at this size.
 # (The fit to the six small runs in README.md would say 12 million parameters, but it has seen sizes from
-# 0.7 to 2.6 million only: too far away.) The batch of 2^19 tokens and the rates are nanochat's for this
-# size, too. 64 windows at once take about 30 GB.
+# 0.7 to 2.6 million only: too far away.) The batch of 2^19 tokens and the learning rates are nanochat's
+# for this size, too. 64 windows at once take about 30 GB.
 PRESETS = {
     "hour": dict(minutes=60.0, width=128, context=512, evals=10),
     "gpu": dict(minutes=60.0, layers=12, width=768, heads=12, vocab_size=32768, context=1024, batch_size=512,
