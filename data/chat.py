@@ -1,5 +1,6 @@
 """Text as it comes: a stream of ids as text, and a conversation on standard input."""
 import codecs, contextlib, json, sys
+from pathlib import Path
 
 from data import UserError
 
@@ -33,8 +34,8 @@ def speak(tokenizer, ids, pieces=None):
     return bool(last) and last[0] in tokenizer.eos_ids
 
 
-HELP = ("/reset forgets what was said, /save FILE writes it as data/prepare.py --input reads it, /quit ends, and so "
-        "does Ctrl-C, which during an answer ends only that; put a space before a / that is meant")
+HELP = ("/reset forgets what was said, /save FILE.jsonl writes it as data/prepare.py --input reads it, /quit ends, and "
+        "so does Ctrl-C, which during an answer ends only that; put a space before a / that is meant")
 
 
 def lines():
@@ -52,12 +53,14 @@ def obey(line, messages, system):
         return "what was said is forgotten"
     if command != "/save":
         return HELP if command == "/help" else f"there is no {command}: {HELP}"
-    if not file.strip() or not messages:
-        return "/save FILE: give a name" if messages else "nothing was said yet that could be saved"
+    if not messages:
+        return "nothing was said yet that could be saved"
+    if Path(file.strip()).suffix not in (".jsonl", ".json"):
+        return "/save FILE.jsonl: give a name with this ending, by which data/prepare.py knows a chat"
     try:
         with open(file.strip(), "x", encoding="utf-8") as out:
             out.write(json.dumps({"messages": system + messages}, ensure_ascii=False) + "\n")
-        return f"wrote {len(messages) // 2} turns to {file}"
+        return f"wrote {(n := len(messages) // 2)} turn{'s' * (n > 1)} to {file}"
     except OSError as error:
         return f"{line}: {error.strerror}"
 
@@ -109,7 +112,8 @@ def converse(prompt, tokenizer, window, max_new_tokens, answer, name, system=Non
         was_full, pieces = first > 0, []
         first, text = fitting(messages, first, tokenizer, max(1, window - max_new_tokens), system)
         if first and not was_full:
-            print(f"the window of {window} tokens is full: from now on the oldest turns are forgotten", file=sys.stderr)
+            print(f"the window of {window} tokens, with {max_new_tokens} kept free for the answer, is full: from now on "
+                  "the oldest turns are forgotten (fewer --max-new-tokens leave more room)", file=sys.stderr)
         length = len(tokenizer.encode(text, special=True))
         if length > window:
             print(f"this turn has {length} tokens, the window {window}: only its end is read", file=sys.stderr)

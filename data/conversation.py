@@ -37,14 +37,16 @@ def field(fields, options, kind=str):
 def of_record(place, fields, names=Names()):
     """(messages, the shape in words) of a record, a dict; None if it is no conversation.
 
+    A record with the fields of `names` is one turn; beside such records there may be conversations.
     A conversation ends with the last turn of the assistant: nothing later can be learned. Without
     such a turn there is none in the messages. An opening turn of the assistant is left out, because
     no chat begins with it. Raises UserError, naming the place, for a turn that is not text.
     """
-    chat = None if any(names) else field(fields, CHATS, list)
+    named = prompt_and_response(fields, names) if any(names) else None
+    chat = None if named or names.text else field(fields, CHATS, list)
     if chat is not None:
         messages, shape = [message(place, turn) for turn in fields[chat]], f"conversations from {chat}"
-    elif found := prompt_and_response(fields, names):
+    elif found := named or prompt_and_response(fields, names):
         messages, shape = found
     else:
         return None
@@ -82,7 +84,7 @@ def text_of_record(place, fields, names=Names()):
     if names.text:
         wanted = f'the string field "{names.text}"'
     elif any(names):
-        wanted = f'the string fields "{names.prompt or "prompt"}" and "{names.response or "response"}"'
+        wanted = f'the string fields "{names.prompt or "prompt"}" and "{names.response or "response"}", or the list "messages"'
     else:
         wanted = 'the string field "text", or the two "prompt" and "response", or the list "messages"'
     has = ", ".join(f'"{key}"' for key in fields) or "none"

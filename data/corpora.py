@@ -25,7 +25,7 @@ PIECE, HARD_CUT = 1 << 20, 8 << 20  # characters
 BOUNDARY = re.compile(r"(?<=[^\W_])(?=[ \r\n])")
 ARCHIVE, PAGES = "archive, to be unpacked", "to be saved as text"
 FOREIGN = {**dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz"), ARCHIVE), ".pdf": f"PDF, {PAGES}",
-           **dict.fromkeys((".doc", ".docx", ".odt", ".rtf", ".epub", ".pptx"), f"word processor's file, {PAGES}"),
+           **dict.fromkeys((".doc", ".docx", ".odt", ".rtf", ".epub", ".pptx"), f"from a word processor, {PAGES}"),
            **dict.fromkeys((".xls", ".xlsx", ".ods"), "spreadsheet, to be saved as .csv")}
 STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 
@@ -168,7 +168,8 @@ def from_records(path, name, found, names, skipped):
     except UserError as error:
         if found and format_of(path) in ((".json", ""), (".csv", ""), (".tsv", "")):
             return skipped.add("without text, or prompt and response", name)
-        header = "; the first line of a table must name the columns" * (format_of(path)[0] in (".csv", ".tsv"))
+        is_table = format_of(path)[0] in (".csv", ".tsv") and "not UTF-8" not in str(error)
+        header = "; the first line of a table must name the columns" * is_table
         raise UserError(f"{error}{header}") from None
     if not first:
         return skipped.add("empty", name)

@@ -149,7 +149,8 @@ def read(path, flag="--eval"):
         check_choices(place, response, choices := fields.get("choices"))
         if not response.strip():
             raise UserError(f'{place}: needs the text fields "prompt" and "response", or "messages", and a response '
-                            "that is not empty")
+                            "that is not empty; fields of other names are for data/prepare.py --prompt-field and "
+                            f"--response-field: give {flag} the name of what it prepared")
         lines.append(Line(place, messages[:-1], response, list(map(clean, choices or [])), fields))
     if not lines:
         raise UserError(f'{flag} {path} is empty: it needs lines of {{"prompt": ..., "response": ...}}')

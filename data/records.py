@@ -100,7 +100,7 @@ def checked(read, size, place):
     except UnicodeError:
         text = "\0"
     if "\0" in text:  # also of UTF-16 without a byte-order mark
-        raise UserError(f"{place}: not UTF-8 text; save the file as UTF-8")
+        raise UserError(f"{place}: not UTF-8 text; save the file as UTF-8 (in Excel: CSV UTF-8)")
     return text
 
 

@@ -105,7 +105,8 @@ class Trend:
         if worse & (worse - 1):                                  # said after 1, 2, 4, 8 ... evaluations
             return ""
         many = f"{worse} evaluations" if worse > 1 else "one evaluation"
-        read = f", which has been read {times:.1f} times" * (times > 0)
+        read = f", having read it {times:.1f} times" * (times > 0)
         return (f"overfitting: for {many} now the validation loss is higher than at step {step}, and the training loss "
-                f"lower, so the model learns by heart the text{read}. {best} keeps the model of step {step}; stop "
-                f"earlier (--steps {step}, or fewer --minutes), give more text, or add --dropout 0.1")
+                f"lower: the model learns the text by heart{read}. {best} keeps the model of step {step}, and sample.py "
+                f"takes it. For a better one give more text, add --dropout 0.1, or stop earlier: --steps {step}, or "
+                "fewer --minutes. More --evals find the best step more exactly")

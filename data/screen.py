@@ -72,7 +72,7 @@ def show_scale(cfg, tokenizer, val):
     text = tokenizer.decode_bytes(val.tokens[:2 ** 18].tolist())
     compressed = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(1, len(text))
     entry = read_config(find_model(cfg.out))["history"][-1]
-    print(f"bits per byte: 8 where nothing is known, {compressed:.2f} by xz -9e on {len(text) / 1e6:.1f} MB of this "
+    print(f"bits per byte: 8 where nothing is known, {compressed:.2f} by xz -9e on {len(text) / 1e3:,.0f} KB of this "
           f"validation text, {entry['val_bits_per_byte']:.2f} by this model; {Path(cfg.out, 'loss.png')} has the curve")
 
 

@@ -258,6 +258,9 @@ QA = turns("q", "a")
     ({"Question": "q", "Answer": "a"}, (), QA, "examples from the fields Question -> Answer"),
     ({"frage": "q", "antwort": "a", "text": "t"}, (None, "frage", "antwort"), QA, "examples from the fields frage -> antwort"),
     ({"frage": "q", "response": "a"}, (None, "frage", None), QA, "examples from the fields frage -> response"),
+    ({"messages": QA}, (None, "frage", "antwort"), QA, "conversations from messages"),
+    ({"messages": turns("x", "y"), "frage": "q", "antwort": "a"}, (None, "frage", "antwort"), QA,
+     "examples from the fields frage -> antwort"),
     ({"instruction": "q", "input": "more", "antwort": "a"}, (None, None, "antwort"), turns("q\n\nmore", "a"),
      "examples from the fields instruction + input -> antwort"),
     ({"prompt": "q", "response": "a", "body": "t"}, ("body",), "t", "texts from the field body"),
@@ -271,7 +274,7 @@ def test_records_are_read_as_what_they_are(fields, names, messages, shape):
 @pytest.mark.parametrize("fields, names, says", [
     ({"msgs": [], "topic": "x"}, (), 'needs the string field "text", or .* it has "msgs", "topic": name other fields by --text-field'),
     ({}, (), "it has none: name"), ({"prompt": "q", "response": ["a"]}, (), 'it has "prompt", "response"'),
-    ({"text": "t"}, (None, "frage", None), 'needs the string fields "frage" and "response"; it has "text"'),
+    ({"text": "t"}, (None, "frage", None), 'needs the string fields "frage" and "response", or the list "messages"; it has "text"'),
     ({"text": "t"}, ("body",), 'needs the string field "body"; it has "text"'),
     ({"messages": [*QA, {"role": "tool", "content": "4"}]}, (), "a turn has the role 'tool', and the roles are system, user"),
     ({"messages": [*QA, {"role": "function", "content": "4"}]}, (), "the role 'function'.* rename the role, or leave out"),

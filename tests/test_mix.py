@@ -179,7 +179,7 @@ def test_overfitting_is_told_once_it_shows():
     texts = said([(3, 3.2), (2, 3), (1.5, 3.1), (1.2, 3.2), (1, 3.3), (0.9, 3.4), (0.8, 2.9), (0.7, 3)])
     assert [bool(text) for text in texts] == [False, False, True, True, False, True, False, True]
     assert "for one evaluation now the validation loss is higher than at step 20" in texts[2] and "--steps 20" in texts[2]
-    assert "for 4 evaluations now" in texts[5] and "read 2.0 times" in texts[5] and "than at step 70" in texts[7]
+    assert "for 4 evaluations now" in texts[5] and "having read it 2.0 times" in texts[5] and "than at step 70" in texts[7]
     assert not any(said([(3, 3.2), (2.9, 3.204)])) and any(said([(3, 3.2), (2.9, 3.21)]))          # less than 0.2 % is noise
     assert not any(said([(3, 3.2), (3.1, 3.4)])) and not any(said([(3, 3.2), (2, 3.4)], times=0.9))
     assert any(said([(3, 3.2), (2, 3.4)], times=0))                                                # of an unknown text
