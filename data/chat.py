@@ -60,7 +60,7 @@ def obey(line, messages, system):
     try:
         with open(file.strip(), "x", encoding="utf-8") as out:
             out.write(json.dumps({"messages": system + messages}, ensure_ascii=False) + "\n")
-        return f"wrote {(n := len(messages) // 2)} turn{'s' * (n > 1)} to {file}"
+        return f"wrote {len(messages)} messages to {file}"
     except OSError as error:
         return f"{line}: {error.strerror}"
 
@@ -112,8 +112,8 @@ def converse(prompt, tokenizer, window, max_new_tokens, answer, name, system=Non
         was_full, pieces = first > 0, []
         first, text = fitting(messages, first, tokenizer, max(1, window - max_new_tokens), system)
         if first and not was_full:
-            print(f"the window of {window} tokens, with {max_new_tokens} kept free for the answer, is full: from now on "
-                  "the oldest turns are forgotten (fewer --max-new-tokens leave more room)", file=sys.stderr)
+            print(f"the window of {window} tokens, with {max_new_tokens} kept free for the answer, is full: from now "
+                  "on the oldest turns are forgotten (fewer --max-new-tokens leave more room)", file=sys.stderr)
         length = len(tokenizer.encode(text, special=True))
         if length > window:
             print(f"this turn has {length} tokens, the window {window}: only its end is read", file=sys.stderr)

@@ -84,7 +84,8 @@ def text_of_record(place, fields, names=Names()):
     if names.text:
         wanted = f'the string field "{names.text}"'
     elif any(names):
-        wanted = f'the string fields "{names.prompt or "prompt"}" and "{names.response or "response"}", or the list "messages"'
+        wanted = (f'the string fields "{names.prompt or "prompt"}" and "{names.response or "response"}", or the list '
+                  '"messages"')
     else:
         wanted = 'the string field "text", or the two "prompt" and "response", or the list "messages"'
     has = ", ".join(f'"{key}"' for key in fields) or "none"

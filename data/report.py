@@ -82,7 +82,8 @@ def picture(out):
     n, label = max(1, len(losses) // 50), "training on all data" if len(validation) > 1 else "training"
     means = [statistics.fmean(losses[i:i + n]) for i in range(0, len(losses) - n + 1, n)]
     ax.plot(tokens, losses, color="0.85", linewidth=0.8, label=f"{label}, a step")
-    ax.plot(tokens[n - 1::n], means, "--", color="0.35", linewidth=1.8, label=f"{label}, mean of {n} step{'s' * (n > 1)}")
+    many = f"mean of {n} steps" if n > 1 else "every step"
+    ax.plot(tokens[n - 1::n], means, "--", color="0.35", linewidth=1.8, label=f"{label}, {many}")
     for (name, points), style in zip(validation.items(), ("o-", "s:", "^:", "D:", "v:")):
         ax.plot(*points, style, color="tab:blue", label=name)
     mark_readings(ax, [l for l in lines if "val_loss" in l][-1], tokens)

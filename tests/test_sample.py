@@ -191,7 +191,7 @@ def test_chat_commands(talker, capsys, monkeypatch, tmp_path):
     assert said.out == f"{first}\n{meant}\n"
     notes = [line for line in said.err.splitlines() if not line.startswith("[cut after ")]
     assert len(said.err.splitlines()) == len(notes) + 2                     # both answers are longer than --max-new-tokens
-    assert notes[0] == f"wrote 1 turn to {tmp_path / 'said.jsonl'}" and "File exists" in notes[1] and "give a name" in notes[2]
+    assert notes[0] == f"wrote 2 messages to {tmp_path / 'said.jsonl'}" and "File exists" in notes[1] and "give a name" in notes[2]
     assert notes[3].startswith("there is no /rest: /reset forgets") and notes[4].startswith("/reset forgets") and "forgotten" in notes[5]
     assert json.loads((tmp_path / "said.jsonl").read_text(encoding="utf-8")) == {
         "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": first}]}
