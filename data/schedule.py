@@ -107,6 +107,6 @@ class Trend:
         many = f"{worse} evaluations" if worse > 1 else "one evaluation"
         read = f", having read it {times:.1f} times" * (times > 0)
         return (f"overfitting: for {many} now the validation loss is higher than at step {step}, and the training "
-                f"loss lower: the model learns the text by heart{read}. {best} keeps the model of step {step}, and sample.py "
-                f"takes it. For a better one give more text, add --dropout 0.1, or stop earlier: --steps {step}, or "
-                "fewer --minutes. More --evals find the best step more exactly")
+                f"loss lower: the model learns the text by heart{read}. {best} keeps the model of step {step}, and "
+                f"sample.py takes it. For a better one give more text, add --dropout 0.1, or stop earlier: --steps "
+                f"{step}, or fewer --minutes. More --evals find the best step more exactly")

@@ -407,7 +407,7 @@ def test_a_system_message_stays_and_a_saved_chat_is_data(talker, capsys, monkeyp
     again = answered(talker, turns("hello", system="Be brief."))
     file, text = tmp_path / "said.jsonl", "hello\nmore\n/save {}\n/reset\nhello\n"
     said = talk(talker, capsys, monkeypatch, text.format(file), "--system", "Be brief.")
-    assert said.out == f"{first}\n{second}\n{again}\n" and f"wrote 5 messages to {file}" in said.err
+    assert said.out == f"{first}\n{second}\n{again}\n" and f"wrote 4 messages to {file}" in said.err
     saved = turns("hello", first, "more", second, system="Be brief.")
     assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == [{"messages": saved}]
     (_, parts), = corpora.documents(corpora.source([file]), corpora.Skipped())
