@@ -1,7 +1,7 @@
 """Adapters of PEFT: LoRA (Hu et al., 2022) is merged into the base model's tensors when a model is loaded.
 
 An adapter is a directory with adapter_config.json and adapter_model.safetensors. Its base model is in
-the same directory, or in the one that adapter_config.json names.
+the same directory, or in the one (of a run best/) that adapter_config.json names.
 """
 import hashlib, math, re
 from pathlib import Path
@@ -38,7 +38,7 @@ def base_of(directory):
     if not is_adapter(directory) or own and (directory / "config.json").is_file():
         return directory
     name = read_adapter_config(directory).get("base_model_name_or_path") or ""
-    for place in (Path(name), directory / name) if name else ():
+    for place in (Path(name), Path(name, "best"), directory / name, directory / name / "best") if name else ():
         if (place / "config.json").is_file():
             if is_adapter(place):
                 raise UserError(f"{directory} is an adapter of {place}, which holds an adapter itself; {MERGE}")

@@ -100,7 +100,7 @@ def message(place, turn):
         raise UserError(f"{place}: a turn of the conversation is no object with role and content: repair it, {LEAVE}")
     role = turn.get("role") or turn.get("from")
     content = turn["value"] if turn.get("content") is None and "value" in turn else turn.get("content")
-    if not isinstance(role, str) or role not in ROLES:
+    if not isinstance(role, str) or role.lower() not in ROLES:
         raise UserError(f"{place}: a turn has the role {role!r}, and the roles are system, user (or human) and "
                         f"assistant (or gpt): rename the role, {LEAVE}")
     if any(turn.get(call) for call in ("tool_calls", "function_call")):
@@ -114,7 +114,7 @@ def message(place, turn):
                             f"learned: take it out, {LEAVE}")
         if not isinstance(part.get("text"), str):
             raise UserError(f"{place}: a turn of {role} has no text as content: give it a text, {LEAVE}")
-    return {"role": ROLES[role], "content": clean("".join(part["text"] for part in parts))}
+    return {"role": ROLES[role.lower()], "content": clean("".join(part["text"] for part in parts))}
 
 
 def asked(prompt):

@@ -128,7 +128,7 @@ def check_numbers(vocab_size, tokenizer, val_fraction):
 
 def bytes_of(size):
     """The number of bytes in "100MB" or "1.5GB". Raises UserError for other text."""
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)([MG])B", size, re.I)
+    number = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([MG])B", size, re.I)
     if not number or not float(number[1]):
         raise UserError(f"--size {size} is not a size such as 100MB or 1.5GB")
     return int(float(number[1]) * {"M": 1e6, "G": 1e9}[number[2].upper()])

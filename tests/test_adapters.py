@@ -76,6 +76,15 @@ def test_weights_become_those_of_the_formula(family, beside, rslora, tmp_path):
         assert checkpoint_hash(place) != checkpoint_hash(tmp_path / "base")
 
 
+def test_the_base_may_be_a_run(tmp_path):
+    base("llama", tmp_path / "run" / "best")
+    for name in ("../run", tmp_path / "run", "../run/best"):
+        adapter(tmp_path / "lora", {"model.layers.0.self_attn.q_proj": (32, 32)}, base=name)
+        merged = load(tmp_path / "lora").state_dict()["model.layers.0.self_attn.q_proj.weight"]
+        plain = load(tmp_path / "run").state_dict()["model.layers.0.self_attn.q_proj.weight"]
+        assert (merged - plain).abs().max() > 0.1
+
+
 def test_half_precision_is_merged_in_float32(tmp_path):
     base("llama", tmp_path / "base")
     half = load(tmp_path / "base", dtype=torch.bfloat16)

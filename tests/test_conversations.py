@@ -239,6 +239,7 @@ QA = turns("q", "a")
 @pytest.mark.parametrize("fields, names, messages, shape", [
     ({"messages": QA}, (), QA, "conversations from messages"),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, (), QA, "conversations from conversations"),
+    ({"conversations": [{"from": "Human", "value": "q"}, {"from": "GPT", "value": "a"}]}, (), QA, "conversations from conversations"),
     ({"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]}, (),
      turns("q", "a", system="s"), "conversations from conversations"),
     ({"conversations": QA, "system": "s"}, (), turns("q", "a", system="s"), "conversations from conversations, with system"),
