@@ -180,6 +180,9 @@ INLINE bytes load_bytes(const void *x, int64_t n) {
 #if LANES == 16 && defined __AVX512BW__
     return (bytes)_mm512_maskz_loadu_epi8(n >= 64 ? ~0ULL : (1ULL << n) - 1, x);
 #else
+#ifdef X86
+    if (n == 16) return (bytes)_mm256_zextsi128_si256(_mm_loadu_si128(x));
+#endif
     bytes v = {0};
     if (n >= 4 * LANES) memcpy(&v, x, sizeof v);
     else for (int64_t i = 0; i < n; i += 16) memcpy((char *)&v + i, (const char *)x + i, 16);
@@ -201,6 +204,19 @@ INLINE ints lane_numbers(void) {
     ints v;
     UNROLL for (int i = 0; i < LANES; i++) v[i] = i;
     return v;
+}
+
+/* v[index[0]], v[index[1]] ... */
+INLINE floats lookup(floats v, ints index) {
+#if defined X86 && LANES == 16
+    return _mm512_permutexvar_ps((__m512i)index, v);
+#elif defined X86
+    return _mm256_permutevar8x32_ps(v, (__m256i)index);
+#else
+    floats y;
+    UNROLL for (int i = 0; i < LANES; i++) y[i] = v[index[i]];
+    return y;
+#endif
 }
 
 /* The first n of LANES numbers, and `rest` in place of the others; all where n is larger. */
@@ -334,19 +350,19 @@ INLINE float scale_of(const struct layer *layer, int64_t row, int64_t g) {
 
 /* The same for int4 and LANES groups of 32, from g on; behind the end of a row, any finite numbers. */
 INLINE floats scales_from(const struct layer *layer, int64_t row, int64_t g) {
-    halves v;
-    int64_t in_row = layer->k / layer->group, at = row * in_row + g;
-    if (layer->group == GROUP && at + LANES <= layer->n * in_row) memcpy(&v, layer->scales + at, sizeof v);
-    else for (int64_t i = 0; i < LANES; i++) {
-        int64_t index = (g + i) * GROUP < layer->k ? (g + i) * GROUP / layer->group : 0;
-        v[i] = layer->scales[row * in_row + index];
-    }
+    const int64_t shift = layer->group / 64;                   /* log2 of group / 32 */
+    const int64_t in_row = layer->k / layer->group, at = row * in_row + (g >> shift), left = layer->n * in_row - at;
+    halves v = {0};
+    floats scales;
+    if (left >= LANES) memcpy(&v, layer->scales + at, sizeof v);
+    else for (int64_t i = 0; i < left; i++) v[i] = layer->scales[at + i];
 #if defined X86 && (LANES == 16 || defined __F16C__)
-    return X86(cvtph_ps)((x86_half)v);
+    scales = X86(cvtph_ps)((x86_half)v);
 #else
     ints bits = __builtin_convertvector(v, ints);
-    return (floats)((bits & 0x7fff) << 13 | (bits & 0x8000) << 16) * 0x1p112f;
+    scales = (floats)((bits & 0x7fff) << 13 | (bits & 0x8000) << 16) * 0x1p112f;
 #endif
+    return shift ? lookup(scales, lane_numbers() >> (int32_t)shift) : scales;
 }
 
 
@@ -431,11 +447,12 @@ static void quantize_row(const float *x, int64_t k, int bits, int panels, struct
     char *values = to.values + token * to.groups * (to.order == AS_PAIRS ? 64 : 32);
     float *scales = to.scales + token * to.groups;
     int32_t *starts = to.starts + token * to.groups * (panels ? 1 : bits);
-    for (int64_t g = 0; g < to.groups; g++) {
+    int64_t g = 0, used = (k + GROUP - 1) / GROUP;
+    for (; g < used; g++) {
         floats v[GROUP / LANES] = {0};
         int64_t left = k - GROUP * g;
         if (left >= GROUP) memcpy(v, x + GROUP * g, 128);
-        else if (left > 0) memcpy(v, x + GROUP * g, 4 * left);
+        else memcpy(v, x + GROUP * g, 4 * left);
 
         ints top = {0}, sum = {0};
         UNROLL for (int j = 0; j < GROUP / LANES; j++) {         /* without their signs, floats are ordered as their bits are */
@@ -470,8 +487,14 @@ static void quantize_row(const float *x, int64_t k, int bits, int panels, struct
             high[i] = q[2 * i + 1];
         }
     }
+    if (panels) return;
+    for (; g < to.groups; g++) {
+        memset(values + place_of(to.order, g, 0), 0, 16);
+        memset(values + place_of(to.order, g, 1), 0, 16);
+        scales[g] = 0;
+    }
     bytes zeros = (bytes)broadcast_int(bits == 4 ? 0x88888888 : 0);                  /* weights of 0, as they are stored */
-    for (int64_t i = 0; i < to.groups * bits && !panels; i += LANES) {
+    for (int64_t i = 0; i < used * bits; i += LANES) {
         ints start = -dot_step((ints){0}, zeros, values + i * 32 / bits, bits);
         memcpy(starts + i, &start, sizeof start);
     }
@@ -482,17 +505,8 @@ static void quantize_row(const float *x, int64_t k, int bits, int panels, struct
    Few tokens: rows of the weight as they lie in memory (generation: reading them is the limit).
    `height` (1 or FOUR) and `bits` are constants in each call, and each is compiled for its own */
 
-/* A number of `v` in each lane. */
-INLINE floats lookup(floats v, ints index) {
-#if defined X86 && LANES == 16
-    return _mm512_permutexvar_ps((__m512i)index, v);
-#elif defined X86
-    return _mm256_permutevar8x32_ps(v, (__m256i)index);
-#else
-    floats y;
-    UNROLL for (int i = 0; i < LANES; i++) y[i] = v[index[i]];
-    return y;
-#endif
+INLINE floats add_step(bytes w, ints start, const char *x, floats scale, int bits, floats sum) {
+    return multiply_add(__builtin_convertvector(dot_step(start, w, x, bits), floats), scale, sum);
 }
 
 /* y (n): a quantized token times `height` rows of int8 or int4 weights, from `row` on. */
@@ -518,15 +532,15 @@ INLINE void gemv_quantized(const struct layer *layer, struct quantized x, int64_
         if (end > length) end = length;
         for (int64_t at = g * 4 * bits; at < end; at += step) {
             ints start = bits == 8 && !BYTES ? (ints){0} : load_ints(starts + at / 4);
-            UNROLL for (int c = 0; c < height; c++) {
+            if (bits * LANES == 64 || at + step <= length) UNROLL for (int c = 0; c < height; c++) {
 #ifdef AHEAD
-                __builtin_prefetch(w + height * at + step * c + AHEAD);
+                if (step * c % 64 == 0) __builtin_prefetch(w + height * at + step * c + AHEAD);
 #else
                 __builtin_prefetch(w + (height + c) * length + at);
 #endif
-                bytes v = load_bytes(w + c * length + at, bits * LANES == 64 ? step : length - at);
-                ints products = dot_step(start, v, values + at * 8 / bits, bits);
-                sum[c] = multiply_add(__builtin_convertvector(products, floats), lookup(scale[bits == 4 ? c : 0], index), sum[c]);
+                sum[c] = add_step(load_bytes(w + c * length + at, step), start, values + at * 8 / bits, lookup(scale[bits == 4 ? c : 0], index), bits, sum[c]);
+            } else UNROLL for (int c = 0; c < height; c++) {
+                sum[c] = add_step(load_bytes(w + c * length + at, length - at), start, values + at * 8 / bits, lookup(scale[bits == 4 ? c : 0], index), bits, sum[c]);
             }
             index += LANES / bits;
         }
