@@ -93,10 +93,8 @@
 #endif
 #pragma GCC diagnostic ignored "-Wpsabi"      /* how functions pass vectors: all of ours are inlined */
 
-/* LANES: numbers in a vector. A compiler makes two instructions of one where a register holds half as many. X86(name): the
-   intrinsic for such a vector. BYTES: whether the CPU adds products of four bytes to an int32 (AVX512-VNNI, AVX-VNNI, ARM's
-   dotprod); FLIP then makes int8 weights what the instruction takes: x86 wants them from 0 to 255. -DLANES=16 and -DBYTES=1
-   force the paths of other CPUs on any CPU, by slower instructions: that is how they are tested. */
+/* LANES: numbers in a vector. Where a register holds fewer, the compiler makes two instructions of
+   one. X86(name): Intel's function for a vector of LANES numbers, if there is one. */
 #ifndef LANES
 #if defined __AVX512F__ && defined __AVX512BW__ && defined __AVX512VL__
 #define LANES 16
@@ -104,7 +102,6 @@
 #define LANES 8
 #endif
 #endif
-
 #if LANES == 16 && defined __AVX512BW__
 #define X86(name) _mm512_##name
 typedef __m512i x86;
@@ -114,6 +111,11 @@ typedef __m256i x86_half;
 typedef __m256i x86;
 typedef __m128i x86_half;
 #endif
+
+/* BYTES: whether one instruction adds four products of bytes to an int32. PAIRS: whether, without
+   it, products of int16 are fast. FLIP: on x86 that instruction takes one factor without a sign;
+   w ^ 0x80 is w + 128, from 0 to 255. A test sets LANES, BYTES and FLIP to have the path of another
+   CPU here, with slower instructions but the same integers. */
 #if defined X86 && defined __AVX512VNNI__ && defined __AVX512VL__
 #define DOT_BYTES X86(dpbusd_epi32)
 #elif defined X86 && LANES == 8 && defined __AVXVNNI__
@@ -126,11 +128,16 @@ typedef __m128i x86_half;
 #define BYTES 0
 #endif
 #endif
-#ifndef FLIP
-#ifdef __ARM_FEATURE_DOTPROD
-#define FLIP 0
+#if defined X86 && !BYTES
+#define PAIRS 1
 #else
+#define PAIRS 0
+#endif
+#ifndef FLIP
+#if BYTES && !defined __ARM_FEATURE_DOTPROD
 #define FLIP 0x80
+#else
+#define FLIP 0
 #endif
 #endif
 
@@ -145,6 +152,7 @@ enum {
     TILE = 6,                   /* tokens that gemm multiplies together */
     PARTS = 32,                 /* of all rows; each sums its own gradient of a weight */
     WORTH_THREADS = 100000,     /* fewer steps than that are done before other threads wake up */
+    AHEAD = 8192,               /* bytes: how far before their use gemv asks for weights */
     IGNORE = -100,              /* a target that is not learned */
 };
 
@@ -310,7 +318,7 @@ struct quantized {
 
 INLINE enum order order_for(int64_t bits, int panels) {
     if (bits == 4) return EVEN_FIRST;
-    return panels && !BYTES ? AS_PAIRS : IN_ORDER;
+    return panels && PAIRS ? AS_PAIRS : IN_ORDER;
 }
 
 /* Where `count` values, from the first or the 16th of group g on, lie behind the first value of the token. */
@@ -369,6 +377,11 @@ INLINE floats scales_from(const struct layer *layer, int64_t row, int64_t g) {
 /* =================================================================================================
    Products of integers */
 
+/* An int16 in all places. */
+INLINE shorts broadcast_short(int16_t x) {
+    return x - (shorts){0};
+}
+
 /* sum[i] + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1] */
 INLINE ints dot_pairs(ints sum, shorts a, shorts b) {
 #ifdef X86
@@ -393,45 +406,39 @@ INLINE shorts multiply_nibbles(bytes a, bytes b) {
 #endif
 }
 
-/* sum[i] + four products. x86 takes a without a sign, from 0 to 255, ARM with one. */
+/* sum[i] + a[4 i] * b[4 i] + ... + a[4 i + 3] * b[4 i + 3]; with FLIP, a has no sign */
 INLINE ints dot_bytes(ints sum, bytes a, bytes b) {
 #ifdef DOT_BYTES
     return (ints)DOT_BYTES((x86)sum, (x86)a, (x86)b);
 #elif defined __ARM_FEATURE_DOTPROD
-    UNROLL for (int i = 0; i < LANES / 4; i++) {
-        int32x4_t s;
-        int8x16_t v, x;
-        memcpy(&s, (char *)&sum + 16 * i, 16);
-        memcpy(&v, (char *)&a + 16 * i, 16);
-        memcpy(&x, (char *)&b + 16 * i, 16);
-        s = vdotq_s32(s, v, x);
-        memcpy((char *)&sum + 16 * i, &s, 16);
-    }
+    int32x4_t to[LANES / 4];
+    int8x16_t from[LANES / 4], by[LANES / 4];
+    memcpy(to, &sum, sizeof to), memcpy(from, &a, sizeof from), memcpy(by, &b, sizeof by);
+    UNROLL for (int i = 0; i < LANES / 4; i++) to[i] = vdotq_s32(to[i], from[i], by[i]);
+    memcpy(&sum, to, sizeof to);
     return sum;
 #else
-    if (!FLIP) return dot_pairs(sum, multiply_bytes(a, b), (shorts)broadcast_int(0x00010001));
-    /* a = low + 16 * high: products of nibbles fit int16 */
-    sum = dot_pairs(sum, multiply_nibbles(a & 15, b), (shorts)broadcast_int(0x00010001));
-    return dot_pairs(sum, multiply_nibbles((a >> 4) & 15, b), (shorts)broadcast_int(0x00100010));
+    if (!FLIP) return dot_pairs(sum, multiply_bytes(a, b), broadcast_short(1));
+    sum = dot_pairs(sum, multiply_nibbles(a & 15, b), broadcast_short(1));        /* a = nibble + 16 * nibble */
+    return dot_pairs(sum, multiply_nibbles((a >> 4) & 15, b), broadcast_short(16));
 #endif
 }
 
 /* 4 * LANES bytes of a row of int8 weights times as many values of x. */
 INLINE ints dot_int8(ints start, bytes w, bytes x) {
-    if (BYTES) return dot_bytes(start, w ^ (int8_t)FLIP, x);
-#if defined X86 && LANES == 8
-    shorts pairs = (shorts)_mm256_maddubs_epi16(_mm256_abs_epi8((x86)w), _mm256_sign_epi8((x86)x, (x86)w));
+#if PAIRS && LANES == 8                                /* the sign of w moves to x: 2 * 128 * 127 fits int16 */
+    shorts pairs = (shorts)X86(maddubs_epi16)(X86(abs_epi8)((x86)w), X86(sign_epi8)((x86)x, (x86)w));
+    return dot_pairs(start, pairs, broadcast_short(1));
 #else
-    shorts pairs = multiply_bytes(w, x);
+    return dot_bytes(start, w ^ (int8_t)FLIP, x);
 #endif
-    return dot_pairs(start, pairs, (shorts)broadcast_int(0x00010001));
 }
 
 /* 4 * LANES bytes of a row of int4 weights times the values of x for their low and high nibbles. */
 INLINE ints dot_int4(ints start, bytes w, bytes low, bytes high) {
     bytes even = w & 15, odd = (bytes)((shorts)w >> 4) & 15;
     if (BYTES) return dot_bytes(dot_bytes(start, even, low), odd, high);
-    return dot_pairs(start, multiply_nibbles(even, low) + multiply_nibbles(odd, high), (shorts)broadcast_int(0x00010001));
+    return dot_pairs(start, multiply_nibbles(even, low) + multiply_nibbles(odd, high), broadcast_short(1));
 }
 
 INLINE ints dot_step(ints start, bytes w, const char *x, int bits) {
@@ -475,7 +482,7 @@ static void quantize_row(const float *x, int64_t k, int bits, int panels, struct
         if (panels) {
             int32_t total = 0;
             UNROLL for (int i = 0; i < LANES; i++) total += sum[i];
-            starts[g] = total * -(bits == 4 ? 8 : BYTES ? FLIP : 0);
+            starts[g] = -total * (bits == 4 ? 8 : FLIP);
         }
         int8_t *low = (int8_t *)values + place_of(to.order, g, 0), *high = (int8_t *)values + place_of(to.order, g, 1);
         if (to.order == AS_PAIRS) {
@@ -522,25 +529,20 @@ INLINE void gemv_quantized(const struct layer *layer, struct quantized x, int64_
         floats scale[FOUR];                            /* int4: scale of w * scale of x for LANES groups */
         scale[0] = load(scales + g);
         if (bits == 4) UNROLL for (int c = height - 1; c >= 0; c--) {
-#ifdef AHEAD
             __builtin_prefetch((const char *)(layer->scales + (row + c) * (layer->k / layer->group) + g * GROUP / layer->group) + AHEAD / 8);
-#endif
             scale[c] = scales_from(layer, row + c, g) * scale[0];
         }
         ints index = bits == 4 ? lane_numbers() >> 2 : lane_numbers() >> 3;
         int64_t end = (g + LANES) * 4 * bits;
         if (end > length) end = length;
         for (int64_t at = g * 4 * bits; at < end; at += step) {
-            ints start = bits == 8 && !BYTES ? (ints){0} : load_ints(starts + at / 4);
+            floats shared = bits == 4 ? scale[0] : LANES == 8 ? broadcast(scales[at / GROUP]) : lookup(scale[0], index);
+            ints start = bits == 8 && !FLIP ? (ints){0} : load_ints(starts + at / 4);
             if (bits * LANES == 64 || at + step <= length) UNROLL for (int c = 0; c < height; c++) {
-#ifdef AHEAD
                 if (step * c % 64 == 0) __builtin_prefetch(w + height * at + step * c + AHEAD);
-#else
-                __builtin_prefetch(w + (height + c) * length + at);
-#endif
-                sum[c] = add_step(load_bytes(w + c * length + at, step), start, values + at * 8 / bits, lookup(scale[bits == 4 ? c : 0], index), bits, sum[c]);
+                sum[c] = add_step(load_bytes(w + c * length + at, step), start, values + at * 8 / bits, bits == 4 ? lookup(scale[c], index) : shared, bits, sum[c]);
             } else UNROLL for (int c = 0; c < height; c++) {
-                sum[c] = add_step(load_bytes(w + c * length + at, length - at), start, values + at * 8 / bits, lookup(scale[bits == 4 ? c : 0], index), bits, sum[c]);
+                sum[c] = add_step(load_bytes(w + c * length + at, length - at), start, values + at * 8 / bits, bits == 4 ? lookup(scale[c], index) : shared, bits, sum[c]);
             }
             index += LANES / bits;
         }
@@ -559,6 +561,7 @@ INLINE void gemv_float(const struct layer *layer, const float *x, int64_t row, i
     int64_t i = 0;
     for (; i + 2 * LANES <= layer->k; i += 2 * LANES) {
         v = load(x + i);
+        UNROLL for (int c = 0; c < height * LANES / 8; c++) __builtin_prefetch((const char *)(w + height * i) + 64 * c + AHEAD);
         UNROLL for (int c = 0; c < height; c++) even[c] += load(w + c * layer->k + i) * v;
         v = load(x + i + LANES);
         UNROLL for (int c = 0; c < height; c++) odd[c] += load(w + c * layer->k + i + LANES) * v;
@@ -632,8 +635,8 @@ static void pack_panel(const struct layer *layer, enum order order, int64_t row,
 
 /* Four bytes of x times those of LANES rows. */
 INLINE ints panel_step(ints sum, ints w, ints x, int bits) {
-    if (BYTES) return dot_bytes(sum, (bytes)w, (bytes)x);
-    if (bits == 8) return dot_pairs(sum, (shorts)w, (shorts)x);
+    if (bits == 8 && PAIRS) return dot_pairs(sum, (shorts)w, (shorts)x);
+    if (bits == 8 || BYTES) return dot_bytes(sum, (bytes)w, (bytes)x);
     return (ints)((shorts)sum + multiply_nibbles((bytes)w, (bytes)x));
 }
 
@@ -652,7 +655,7 @@ INLINE void gemm_panel(const struct layer *layer, struct quantized x, int64_t to
     for (int64_t g = 0; g * GROUP < layer->k; g++) {
         ints sum[TILE][2];
         UNROLL for (int h = 0; h < height; h++)
-            sum[h][0] = sum[h][1] = broadcast_int(in_shorts || order == AS_PAIRS ? 0 : starts[h * x.groups + g]);
+            sum[h][0] = sum[h][1] = broadcast_int(in_shorts || (bits == 8 && !FLIP) ? 0 : starts[h * x.groups + g]);
         _Pragma("GCC unroll 1")                        /* unrolled too, it would only be longer */
         for (int half = 0; half < 2; half++) {
             const char *four = values + place_of(order, g, half);
@@ -671,7 +674,7 @@ INLINE void gemm_panel(const struct layer *layer, struct quantized x, int64_t to
         UNROLL for (int h = 0; h < height; h++) UNROLL for (int j = 0; j < 2; j++) {
             ints all = sum[h][j];
             if (in_shorts)
-                all = dot_pairs(broadcast_int(starts[h * x.groups + g]), (shorts)all, (shorts)broadcast_int(0x00010001));
+                all = dot_pairs(broadcast_int(starts[h * x.groups + g]), (shorts)all, broadcast_short(1));
             floats scale = load(panel.scales + g * PANEL + LANES * j) * scales[h * x.groups + g];
             out[h][j] += __builtin_convertvector(all, floats) * scale;
         }
