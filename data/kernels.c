@@ -538,7 +538,7 @@ INLINE void gemv_quantized(const struct layer *layer, struct quantized x, int64_
         for (int64_t at = g * 4 * bits; at < end; at += step) {
             floats shared = bits == 4 ? scale[0] : LANES == 8 ? broadcast(scales[at / GROUP]) : lookup(scale[0], index);
             ints start = bits == 8 && !FLIP ? (ints){0} : load_ints(starts + at / 4);
-            if (bits * LANES == 64 || at + step <= length) UNROLL for (int c = 0; c < height; c++) {
+            if ((bits == 8 && LANES == 8) || at + step <= length) UNROLL for (int c = 0; c < height; c++) {
                 if (step * c % 64 == 0) __builtin_prefetch(w + height * at + step * c + AHEAD);
                 sum[c] = add_step(load_bytes(w + c * length + at, step), start, values + at * 8 / bits, bits == 4 ? lookup(scale[c], index) : shared, bits, sum[c]);
             } else UNROLL for (int c = 0; c < height; c++) {
