@@ -35,13 +35,30 @@
    3. Two shapes of the product
 
    gemv, for few tokens: W is read as it lies in memory, and reading it is the limit.
-   gemm, for 8 tokens or more: each thread unpacks 16 rows of W into a panel of int16 and multiplies
-   all tokens by it. Unpacking is then paid once, and arithmetic is the limit. The 16 rows of a panel
-   are interleaved by pairs, so that one instruction multiplies 8 rows by one pair of x:
+   gemm, for 8 tokens or more: each thread unpacks PANEL rows of W into a panel and multiplies all
+   tokens by it. Unpacking is then paid once, and arithmetic is the limit. The rows of a panel are
+   interleaved by four bytes, so that one instruction multiplies LANES rows by the same four of x:
 
-       panel   row 0   row 1         row 15   row 0   row 1         row 15
-             | w0 w1 | w0 w1 | ... | w0 w1  | w2 w3 | w2 w3 | ... | w2 w3  | w4 w5 ...
-         x   | x0 x1 | x0 x1 | ... | x0 x1  | x2 x3 | x2 x3 | ... | x2 x3  | x4 x5 ...
+       panel   row 0         row 1               row 15        row 0         row 1
+             | w0 w1 w2 w3 | w0 w1 w2 w3 | ... | w0 w1 w2 w3 | w4 w5 w6 w7 | w4 w5 w6 w7 | ...
+         x   | x0 x1 x2 x3 | x0 x1 x2 x3 | ... | x0 x1 x2 x3 | x4 x5 x6 x7 | x4 x5 x6 x7 | ...
+
+   For int4 the four are even ones or odd ones (picture 2). For int8 on a CPU that multiplies no
+   bytes, PAIRS, they are two int16.
+
+   An instruction for bytes takes one factor without a sign. A nibble q + 8 has none, and q ^ 0x80 =
+   q + 128 has none. That makes a sum too large by 8 or 128 times the sum of x, and so the sum begins
+   with minus that (`starts`): integers, so nothing is lost.
+
+       CPU                         LANES   a product of bytes                     has been
+       AVX2                          8     int4: maddubs; int8 panels: PAIRS      measured
+       AVX2 with AVX-VNNI            8     vpdpbusd                               tested only
+       AVX-512, with VNNI or not    16     vpdpbusd, or as AVX2                   tested only
+       ARM with dotprod              8     sdot: both factors have signs          tested only
+       any other                     8     int16 products                         measured on x86
+
+   "Tested only": the same integers come out of the same lines on another CPU (-DLANES, -DBYTES), and
+   the instruction compiles. How fast such a CPU is has not yet been measured.
 
    4. The threads that decode a token: one team for all blocks. For one token, to call an operator
    of PyTorch takes longer than its work, and so does waking threads for it. || is a barrier: there
@@ -61,11 +78,11 @@
 
    Contents
 
-       Vectors                  numbers 8 at a time: load, store, sum, exp
-       Quantized numbers        struct layer, struct quantized, half_to_float, quantize_row
-       Products of integers     dot_pairs, dot_int8, dot_int4
+       Vectors                  LANES numbers at a time: load, store, sum, exp
+       Quantized numbers        struct layer, struct quantized, place_of, half_to_float
+       Products of integers     dot_pairs, dot_bytes, dot_int8, dot_int4, quantize_row
        Few tokens               gemv_quantized, gemv_float, gemv
-       Many tokens              struct panel, pack_panel, gemm_panel
+       Many tokens              struct panel, pack_panel, gemm_panel, gemm
        Layers                   linear*, gather*
        Between the products     rms_norm*, rope_head, to_heads*, swiglu*
        Decoding                 apply_layer, rope_and_cache, attention_head, decode_blocks*
@@ -73,8 +90,8 @@
 
    A star marks what Python calls. In a product, m, n and k are the sizes of x (m, k), W (n, k) and
    y (m, n); `token` is a row of x, `row` a row of W. Arrays are float32 and contiguous unless a
-   comment says otherwise. Vectors are GNU C's, which gcc and clang compile for any CPU; widen_int8,
-   dot_pairs and dot_int4 have a faster form for x86. */
+   comment says otherwise. Vectors are GNU C's, which gcc and clang compile for any CPU; a few
+   functions have a faster form for x86 or ARM. */
 
 #include <math.h>
 #include <stdint.h>
@@ -177,13 +194,18 @@ INLINE void store(float *y, floats v) {
     memcpy(y, &v, sizeof v);
 }
 
+INLINE void prefetch(const void *x, int64_t ahead) {
+    __builtin_prefetch((const char *)x + ahead);
+}
+
 INLINE ints load_ints(const void *x) {
     ints v;
     memcpy(&v, x, sizeof v);
     return v;
 }
 
-/* The first n of 4 * LANES bytes (n is a multiple of 16), zeros in place of the others; all where n is larger. */
+/* The first n of 4 * LANES bytes, n a multiple of 16, and zeros in place of the others; all where n
+   is larger. */
 INLINE bytes load_bytes(const void *x, int64_t n) {
 #if LANES == 16 && defined __AVX512BW__
     return (bytes)_mm512_maskz_loadu_epi8(n >= 64 ? ~0ULL : (1ULL << n) - 1, x);
@@ -303,43 +325,53 @@ struct layer {
 /* How the 32 values of a group lie in memory. */
 enum order {
     IN_ORDER,                   /* int8, for int8 weights */
-    EVEN_FIRST,                 /* int8, for int4 weights: the even ones of AT_ONCE groups, then the odd ones (picture 3) */
-    AS_PAIRS,                   /* int16, in order: for panels of int8 weights, if the CPU multiplies no bytes */
+    EVEN_FIRST,                 /* int8, for int4 weights: the even ones of AT_ONCE groups, then the odd ones */
+    AS_PAIRS,                   /* int16, in order, for panels of int8 weights (PAIRS) */
 };
 
 /* Activations, rounded: x = values * scale. */
 struct quantized {
     enum order order;
-    int64_t groups;             /* of 32 in a token; filled up with zeros to a multiple of LANES */
-    char *values;               /* (m, groups, 32) */
+    int64_t groups;             /* of 32 in a token; filled up to a multiple of LANES: with zeros, for rows */
+    char *values;               /* (m, groups, 32): int8 or int16, see enum order */
     float *scales;              /* (m, groups) */
-    int32_t *starts;            /* what sums of products begin with (picture 3): rows (m, groups * bits), panels (m, groups) */
+    int32_t *starts;            /* what sums begin with (picture 3). Panels: (m, groups). Rows: a vector
+                                   for each 4 * LANES bytes of weights, (m, groups * bits) */
 };
 
+/* The order in which rows, or panels, want x. */
 INLINE enum order order_for(int64_t bits, int panels) {
     if (bits == 4) return EVEN_FIRST;
     return panels && PAIRS ? AS_PAIRS : IN_ORDER;
 }
 
-/* Where `count` values, from the first or the 16th of group g on, lie behind the first value of the token. */
+/* Where half 0 or 1 of group g lies (the even or odd ones with EVEN_FIRST), in bytes behind the
+   first value of the token. */
 INLINE int64_t place_of(enum order order, int64_t g, int64_t half) {
     if (order == AS_PAIRS) return 64 * g + 32 * half;
     if (order == IN_ORDER) return 32 * g + 16 * half;
     return g / AT_ONCE * AT_ONCE * 32 + half * AT_ONCE * 16 + g % AT_ONCE * 16;
 }
 
-/* The room for m tokens of k numbers, in bytes, and how it is divided. */
+/* Groups of a token, filled up to a multiple of LANES. */
 INLINE int64_t padded_groups(int64_t k) {
     return (k + GROUP * LANES - 1) / (GROUP * LANES) * LANES;
 }
 
+/* Bytes for m tokens of k numbers, rounded; divide_room lays them out. */
 static int64_t room_for(int64_t m, int64_t k) {
     return m * padded_groups(k) * (64 + 4 + 32);
 }
 
 static struct quantized divide_room(char *memory, int64_t m, int64_t k, enum order order) {
     int64_t all = m * padded_groups(k);
-    return (struct quantized){order, padded_groups(k), memory, (float *)(memory + 64 * all), (int32_t *)(memory + 68 * all)};
+    return (struct quantized){
+        .order = order,
+        .groups = padded_groups(k),
+        .values = memory,                                  /* 32 bytes for each group, or 64 */
+        .scales = (float *)(memory + 64 * all),            /* 4 bytes */
+        .starts = (int32_t *)(memory + 68 * all),          /* 4 bytes, or 4 * bits */
+    };
 }
 
 /* Any float16 is a float32 with fewer bits. Shifted into place, its exponent is 112 too small. */
@@ -375,7 +407,7 @@ INLINE floats scales_from(const struct layer *layer, int64_t row, int64_t g) {
 
 
 /* =================================================================================================
-   Products of integers */
+   Products of integers: the place for another instruction set */
 
 /* An int16 in all places. */
 INLINE shorts broadcast_short(int16_t x) {
@@ -441,6 +473,7 @@ INLINE ints dot_int4(ints start, bytes w, bytes low, bytes high) {
     return dot_pairs(start, multiply_nibbles(even, low) + multiply_nibbles(odd, high), broadcast_short(1));
 }
 
+/* 4 * LANES bytes of a row times the values of x that belong to them. */
 INLINE ints dot_step(ints start, bytes w, const char *x, int bits) {
     bytes low, high;
     memcpy(&low, x, sizeof low);
@@ -449,7 +482,8 @@ INLINE ints dot_step(ints start, bytes w, const char *x, int bits) {
     return dot_int4(start, w, low, high);
 }
 
-/* Rounds a token x (k): in each group of 32 the largest |x| becomes 127 or -127. */
+/* Rounds a token x (k), for rows or panels of weights: in each group of 32 the largest |x| becomes
+   127 or -127. */
 static void quantize_row(const float *x, int64_t k, int bits, int panels, struct quantized to, int64_t token) {
     char *values = to.values + token * to.groups * (to.order == AS_PAIRS ? 64 : 32);
     float *scales = to.scales + token * to.groups;
@@ -462,7 +496,7 @@ static void quantize_row(const float *x, int64_t k, int bits, int panels, struct
         else memcpy(v, x + GROUP * g, 4 * left);
 
         ints top = {0}, sum = {0};
-        UNROLL for (int j = 0; j < GROUP / LANES; j++) {         /* without their signs, floats are ordered as their bits are */
+        UNROLL for (int j = 0; j < GROUP / LANES; j++) {   /* without their signs, floats are ordered as their bits */
             ints size = (ints)v[j] & 0x7fffffff;
             top = choose(size > top, size, top);
         }
@@ -500,7 +534,7 @@ static void quantize_row(const float *x, int64_t k, int bits, int panels, struct
         memset(values + place_of(to.order, g, 1), 0, 16);
         scales[g] = 0;
     }
-    bytes zeros = (bytes)broadcast_int(bits == 4 ? 0x88888888 : 0);                  /* weights of 0, as they are stored */
+    bytes zeros = (bytes)broadcast_int(bits == 4 ? 0x88888888 : 0);       /* weights of 0, as they are stored */
     for (int64_t i = 0; i < used * bits; i += LANES) {
         ints start = -dot_step((ints){0}, zeros, values + i * 32 / bits, bits);
         memcpy(starts + i, &start, sizeof start);
@@ -512,39 +546,43 @@ static void quantize_row(const float *x, int64_t k, int bits, int panels, struct
    Few tokens: rows of the weight as they lie in memory (generation: reading them is the limit).
    `height` (1 or FOUR) and `bits` are constants in each call, and each is compiled for its own */
 
+/* sum + scale * (a vector of bytes of a row times the values of x that belong to them) */
 INLINE floats add_step(bytes w, ints start, const char *x, floats scale, int bits, floats sum) {
     return multiply_add(__builtin_convertvector(dot_step(start, w, x, bits), floats), scale, sum);
 }
 
-/* y (n): a quantized token times `height` rows of int8 or int4 weights, from `row` on. */
+/* y (n): a quantized token times `height` rows of int8 or int4 weights, from `row` on. Weights are
+   prefetched in the order of memory, whatever the order of use: measured on a CPU with AVX2, rows
+   from memory take 1.1 to 1.35 times longer without. */
 INLINE void gemv_quantized(const struct layer *layer, struct quantized x, int64_t token, int64_t row, int height,
                            int bits, float *y, int add) {
     const int64_t length = layer->k * bits / 8, step = 4 * LANES;            /* of a row, in bytes */
+    const int64_t ends = bits == 8 && LANES == 8 ? length : length / step * step;     /* behind it, a part of a step */
     const char *w = (const char *)layer->weights + row * length;
     const char *values = x.values + token * x.groups * GROUP;
     const float *scales = x.scales + token * x.groups;
     const int32_t *starts = x.starts + token * x.groups * bits;
-    floats sum[FOUR] = {0};
+    floats sum[FOUR] = {0}, scale[FOUR];               /* int4: scale of w * scale of x for LANES groups */
     for (int64_t g = 0; g * GROUP < layer->k; g += LANES) {
-        floats scale[FOUR];                            /* int4: scale of w * scale of x for LANES groups */
-        scale[0] = load(scales + g);
-        if (bits == 4) UNROLL for (int c = height - 1; c >= 0; c--) {
-            __builtin_prefetch((const char *)(layer->scales + (row + c) * (layer->k / layer->group) + g * GROUP / layer->group) + AHEAD / 8);
-            scale[c] = scales_from(layer, row + c, g) * scale[0];
+        const int64_t from = g * 4 * bits, to = from + LANES * 4 * bits;
+        floats x_scales = load(scales + g);
+        if (bits == 4) UNROLL for (int c = 0; c < height; c++) {
+            prefetch(layer->scales + ((row + c) * layer->k + g * GROUP) / layer->group, AHEAD / 8);
+            scale[c] = scales_from(layer, row + c, g) * x_scales;
         }
-        ints index = bits == 4 ? lane_numbers() >> 2 : lane_numbers() >> 3;
-        int64_t end = (g + LANES) * 4 * bits;
-        if (end > length) end = length;
-        for (int64_t at = g * 4 * bits; at < end; at += step) {
-            floats shared = bits == 4 ? scale[0] : LANES == 8 ? broadcast(scales[at / GROUP]) : lookup(scale[0], index);
+        ints index = lane_numbers() >> (bits == 4 ? 2 : 3);
+        for (int64_t at = from; at < to && at < length; at += step, index += LANES / bits) {
+            const char *its_x = values + at * 8 / bits;
             ints start = bits == 8 && !FLIP ? (ints){0} : load_ints(starts + at / 4);
-            if ((bits == 8 && LANES == 8) || at + step <= length) UNROLL for (int c = 0; c < height; c++) {
-                if (step * c % 64 == 0) __builtin_prefetch(w + height * at + step * c + AHEAD);
-                sum[c] = add_step(load_bytes(w + c * length + at, step), start, values + at * 8 / bits, bits == 4 ? lookup(scale[c], index) : shared, bits, sum[c]);
+            floats one = LANES == 8 ? broadcast(scales[at / GROUP]) : lookup(x_scales, index);      /* int8 */
+            if (at < ends) UNROLL for (int c = 0; c < height; c++) {
+                if (step * c % 64 == 0) prefetch(w + height * at + step * c, AHEAD);
+                bytes v = load_bytes(w + c * length + at, step);
+                sum[c] = add_step(v, start, its_x, bits == 4 ? lookup(scale[c], index) : one, bits, sum[c]);
             } else UNROLL for (int c = 0; c < height; c++) {
-                sum[c] = add_step(load_bytes(w + c * length + at, length - at), start, values + at * 8 / bits, bits == 4 ? lookup(scale[c], index) : shared, bits, sum[c]);
+                bytes v = load_bytes(w + c * length + at, length - at);
+                sum[c] = add_step(v, start, its_x, bits == 4 ? lookup(scale[c], index) : one, bits, sum[c]);
             }
-            index += LANES / bits;
         }
     }
     UNROLL for (int c = 0; c < height; c++)
@@ -561,7 +599,7 @@ INLINE void gemv_float(const struct layer *layer, const float *x, int64_t row, i
     int64_t i = 0;
     for (; i + 2 * LANES <= layer->k; i += 2 * LANES) {
         v = load(x + i);
-        UNROLL for (int c = 0; c < height * LANES / 8; c++) __builtin_prefetch((const char *)(w + height * i) + 64 * c + AHEAD);
+        UNROLL for (int c = 0; c < height * LANES / 8; c++) prefetch(w + height * i + 16 * c, AHEAD);
         UNROLL for (int c = 0; c < height; c++) even[c] += load(w + c * layer->k + i) * v;
         v = load(x + i + LANES);
         UNROLL for (int c = 0; c < height; c++) odd[c] += load(w + c * layer->k + i + LANES) * v;
@@ -599,12 +637,12 @@ static void gemv(const struct layer *layer, const float *x, struct quantized rou
    Many tokens: PANEL rows of the weight at a time, unpacked (picture 3) */
 
 struct panel {
-    char *weights;              /* (k / 4, PANEL, 4): four bytes of row after row; or (k / 2, PANEL, 2): pairs of int16 */
+    char *weights;              /* (k / 4, PANEL, 4) bytes, or with PAIRS and int8 (k / 2, PANEL, 2) int16 */
     float *scales;              /* (k / 32, PANEL) */
 };
 
-/* PANEL rows of W, from `row` on. Behind the end of a row: any numbers, as x has zeros there; behind the last row:
-   that row again. */
+/* PANEL rows of W, from `row` on. Behind the end of a row: any numbers, as x has zeros there; behind
+   the last row: that row again. */
 static void pack_panel(const struct layer *layer, enum order order, int64_t row, struct panel panel) {
     const int64_t length = layer->k * layer->bits / 8, groups = (layer->k + GROUP - 1) / GROUP;
     for (int64_t c = 0; c < PANEL; c++) {
@@ -615,7 +653,7 @@ static void pack_panel(const struct layer *layer, enum order order, int64_t row,
             uint32_t four = 0;
             if (at + 4 <= length) memcpy(&four, w + at, 4);
             else memcpy(&four, w + at, length - at);
-            if (order == EVEN_FIRST) {                                       /* 4 steps of even ones, then 4 of odd ones */
+            if (order == EVEN_FIRST) {                               /* 4 steps of even ones, then 4 of odd ones */
                 uint32_t even = four & 0x0f0f0f0f, odd = four >> 4 & 0x0f0f0f0f;
                 memcpy(to + (at / 16 * 8 + at % 16 / 4) * 4 * PANEL, &even, 4);
                 memcpy(to + (at / 16 * 8 + at % 16 / 4 + 4) * 4 * PANEL, &odd, 4);
@@ -633,14 +671,14 @@ static void pack_panel(const struct layer *layer, enum order order, int64_t row,
     }
 }
 
-/* Four bytes of x times those of LANES rows. */
+/* Four bytes of x times those of LANES rows. The sums are int32, or int16 until the group ends. */
 INLINE ints panel_step(ints sum, ints w, ints x, int bits) {
     if (bits == 8 && PAIRS) return dot_pairs(sum, (shorts)w, (shorts)x);
     if (bits == 8 || BYTES) return dot_bytes(sum, (bytes)w, (bytes)x);
     return (ints)((shorts)sum + multiply_nibbles((bytes)w, (bytes)x));
 }
 
-/* `height` (1 or TILE) tokens times a panel: each weight that is loaded serves all of them. Six
+/* `height` (1, 2 or TILE) tokens times a panel: each weight that is loaded serves all of them. Six
    need 12 vectors of sums, two of weights and one of x, and a CPU with AVX2 has 16 registers. */
 INLINE void gemm_panel(const struct layer *layer, struct quantized x, int64_t token, struct panel panel, int64_t row,
                        int height, int bits, float *y) {
@@ -688,6 +726,7 @@ INLINE void gemm_panel(const struct layer *layer, struct quantized x, int64_t to
 }
 
 
+/* m tokens times a panel. */
 INLINE void gemm(const struct layer *layer, struct quantized x, int64_t m, struct panel panel, int64_t row, int bits,
                  float *y) {
     int64_t token = 0;
@@ -716,7 +755,7 @@ int linear(const struct layer *layer, const float *x, int64_t m, float *y) {
         for (int64_t token = 0; token < (quantized ? m : 0); token++)
             quantize_row(x + token * k, k, layer->bits, panels, rounded, token);
 
-        char *buffer = panels ? aligned_alloc(64, groups * PANEL * (64 + 4)) : NULL;       /* weights: 32 bytes, or 32 int16 */
+        char *buffer = panels ? aligned_alloc(64, groups * PANEL * (64 + 4)) : NULL;
         struct panel panel = {0};
         if (buffer) {
             panel = (struct panel){buffer, (float *)(buffer + groups * PANEL * 64)};
@@ -959,7 +998,7 @@ static void attention_head(float *q, const float *keys, const float *values, int
 
     float most = -INFINITY, scale = 1 / sqrtf(D), sum = 0;
     for (p = 0; p < count; p++) most = scores[p] > most ? scores[p] : most;
-    for (p = 0; p < count; p += LANES) {                                       /* behind the end too: nobody reads that */
+    for (p = 0; p < count; p += LANES) {                                   /* behind the end too: nobody reads that */
         floats v = exp_of((load(scores + p) - most) * scale);
         store(scores + p, v);
         for (int64_t j = 0; j < LANES && p + j < count; j++) sum += v[j];

@@ -7,7 +7,7 @@ knows a subclass of the layer's own class, with a method or two in C. Each metho
 the first call computes both ways. Where the results differ, one sentence says so and PyTorch
 stays. So a changed line in model.py is what runs.
 
-A C compiler is needed, once, for a second. Without one nothing is attached.
+A C compiler is needed, once, for a few seconds. Without one nothing is attached.
 """
 import contextlib, ctypes, functools, hashlib, os, platform, shutil, tempfile
 from pathlib import Path
