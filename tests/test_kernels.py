@@ -1,6 +1,6 @@
 """kernels.c against the same model in plain PyTorch: a token through all blocks (decode_blocks), and what training needs,
 forward and backward. And drawing from probabilities."""
-import contextlib, copy, ctypes, inspect, shutil, subprocess
+import contextlib, copy, ctypes, importlib.util, inspect, platform, re, shutil, subprocess, sys
 
 import pytest
 import torch
@@ -114,18 +114,72 @@ def test_threads_change_no_bit():
         assert all(map(torch.equal, results[0].keys + results[0].values, other.keys + other.values))
 
 
-@pytest.mark.parametrize("flags", [[], ["-march=native"]], ids=["portable", "no openmp"])
+@pytest.mark.parametrize("flags", [[], ["-march=native"], ["-march=native", "-DLANES=16", "-DBYTES=1"]],
+                         ids=["portable", "no openmp", "wide"])
 def test_other_ways_to_compile(flags, tmp_path, monkeypatch):
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler")
-    subprocess.run([compiler, "-O2", "-fPIC", "-shared", *flags, native.SOURCE, "-o", tmp_path / "k.so", "-lm"], check=True)
+    subprocess.run([compiler, "-O1", "-fPIC", "-shared", *flags, native.SOURCE, "-o", tmp_path / "k.so", "-lm"], check=True)
     built, ids = declare(ctypes.CDLL(str(tmp_path / "k.so"))), torch.randint(96, (1, 14))
     for model in (build(), quantized(build(intermediate_size=128), "int8"), quantized(build(intermediate_size=128), "int4")):
         expected = in_pieces(model, ids, [6, 1, 1, 6])[0]
         with monkeypatch.context() as patch:
             patch.setattr(native, "library", lambda: (built, ""))
             torch.testing.assert_close(in_pieces(model, ids, [6, 1, 1, 6])[0], expected, rtol=1e-3, atol=0.3)
+
+
+@pytest.mark.parametrize("flags", [
+    ["-march=native"], ["-march=native", "-DLANES=8", "-DBYTES=0"], ["-march=native", "-DLANES=8", "-DBYTES=1"],
+    ["-DLANES=16", "-DBYTES=0"], ["-DLANES=16", "-DBYTES=1"]], ids=" ".join)
+def test_all_cpus_multiply_the_same_integers(flags, tmp_path):
+    """Activations that rounding does not change: then the sums of integers are exact, and floats differ in order only."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    subprocess.run([compiler, "-O0", "-fPIC", "-shared", *flags, native.SOURCE, "-o", tmp_path / "k.so", "-lm"], check=True)
+    built, g = declare(ctypes.CDLL(str(tmp_path / "k.so"))), torch.Generator().manual_seed(2)
+    assert native.checks_itself(built)
+    for kind, spec, sizes in (("Int8Linear", {}, (1, 31, 32, 100, 416)), ("Int4Linear", {}, (32, 96, 288, 576)),
+                              ("Int4Linear", {"group": 64}, (64, 448)), ("Int4Linear", {"group": 128}, (128, 640))):
+        for k in sizes:
+            for n, m in ((1, 1), (35, 1), (66, 3), (35, 8), (66, 15)):
+                layer = getattr(model_module, kind).from_dense(torch.nn.Linear(k, n, bias=n == 35), **spec)
+                x = torch.randint(-127, 128, (m, k), generator=g).float()
+                x[:, ::32] = 127
+                x *= torch.randint(-6, 4, (m, -(-k // 32)), generator=g).float().exp2().repeat_interleave(32, 1)[:, :k]
+                x[m // 2:, 32:96] = 0
+                weight, bias = layer.dense().double(), 0 if layer.bias is None else layer.bias.double()
+                error = native.multiply(built, native.c_struct(layer), x) - (x.double() @ weight.T + bias)
+                assert (error.abs() <= 1e-6 * (x.double().abs() @ weight.T.abs() + 1)).all()
+
+
+def compilers_for(target):
+    """Commands that compile C for x86-64 or aarch64, as far as they are here."""
+    if platform.machine() in ({"x86_64": ("x86_64", "AMD64"), "aarch64": ("aarch64", "arm64")}[target]):
+        yield from ([path] for path in map(shutil.which, ("cc", "gcc", "clang")) if path)
+    if cross := shutil.which(f"{target}-linux-gnu-gcc"):
+        yield [cross]
+    if importlib.util.find_spec("ziglang"):                            # a compiler for all CPUs, from PyPI
+        yield [sys.executable, "-m", "ziglang", "cc", "-target", f"{target}-linux-gnu"]
+
+
+@pytest.mark.parametrize("target, flags, instruction", [
+    ("x86_64", "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni", r"vpdpbusd.*zmm"),
+    ("x86_64", "-mavx512f -mavx512bw -mavx512vl", r"vpmaddubsw.*zmm"),
+    ("x86_64", "-mavx2 -mfma -mavxvnni", r"vpdpbusd.*ymm"),
+    ("aarch64", "-march=armv8.2-a+dotprod", r"sdot"), ("aarch64", "-mcpu=neoverse_n1", r"sdot"),
+    ("aarch64", "", r"smull|mul\s"), ])
+def test_kernels_compile_for_other_cpus(target, flags, instruction, tmp_path):
+    """Compiled, and the instruction is used; nothing runs."""
+    for compiler in compilers_for(target):
+        command = [*compiler, "-O0", "-S", *flags.split(), native.SOURCE, "-o", tmp_path / "k.s"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            assert re.search(instruction, (tmp_path / "k.s").read_text(encoding="utf-8"))
+            return
+        assert not re.search(r"kernels\.c:\d+.*error", done.stderr), done.stderr
+    pytest.skip(f"no compiler for {target} {flags}")
 
 
 @contextlib.contextmanager

@@ -13,54 +13,54 @@ DRIVER = r"""
 static void *kept[100000];                            /* what is not kept and not freed is a leak, and reported */
 static int count, failed;
 
-static void *bytes(int64_t size) {
+static void *new_bytes(int64_t size) {
     uint8_t *p = kept[count++] = malloc(size);
     for (int64_t i = 0; i < size; i++) p[i] = rand() >> 7;
     return p;
 }
 
-static float *floats(int64_t n) {
-    float *x = bytes(n * sizeof(float));
+static float *new_floats(int64_t n) {
+    float *x = new_bytes(n * sizeof(float));
     for (int64_t i = 0; i < n; i++) x[i] = rand() % 2001 / 1000.f - 1;
     return x;
 }
 
 static const struct layer *layer(int64_t n, int64_t k, int64_t bits, int64_t group, const struct layer *first) {
-    const void *weights = bits == 32 ? floats(n * k) : bytes(n * k * bits / 8);
+    const void *weights = bits == 32 ? new_floats(n * k) : new_bytes(n * k * bits / 8);
     int64_t scales = bits == 32 ? 0 : n * (k / group);
-    uint16_t *halves = bytes(2 * scales);
+    uint16_t *halves = new_bytes(2 * scales);
     for (int64_t i = 0; i < scales; i++) halves[i] = 0x1c00 + rand() % 1024;                   /* about 2^-8 */
-    struct layer *l = bytes(sizeof *l);
-    *l = (struct layer){weights, halves, n % 2 ? floats(n) : NULL, n, k, group, bits, first};
+    struct layer *l = new_bytes(sizeof *l);
+    *l = (struct layer){weights, halves, n % 2 ? new_floats(n) : NULL, n, k, group, bits, first};
     return l;
 }
 
 static void products(int64_t n, int64_t k, int64_t bits, int64_t group) {
     const struct layer *l = layer(n, k, bits, group, NULL);
-    for (int64_t m = 0; m < 14; m += m < 2 ? 1 : 3) failed |= linear(l, floats(m * k), m, floats(m * n));
+    for (int64_t m = 0; m < 14; m += m < 2 ? 1 : 3) failed |= linear(l, new_floats(m * k), m, new_floats(m * n));
     int64_t ids[] = {0, n - 1, n};
-    if (bits < 32) failed |= gather(l, ids, 2, floats(2 * k)) | !gather(l, ids, 3, floats(3 * k));
+    if (bits < 32) failed |= gather(l, ids, 2, new_floats(2 * k)) | !gather(l, ids, 3, new_floats(3 * k));
 }
 
 static void between(int64_t m, int64_t n) {
-    rms_norm(floats(m * n), floats(n), 1e-5f, m, n, floats(m * n));
-    rms_norm_backward(floats(m * n), floats(n), 1e-5f, m, n, floats(m * n), floats(m * n), floats(PARTS * n));
-    swiglu(floats(m * n), floats(m * n), m * n, floats(m * n));
-    swiglu_backward(floats(m * n), floats(m * n), m * n, floats(m * n), floats(m * n), floats(m * n));
-    int64_t *targets = bytes(m * sizeof(int64_t));
+    rms_norm(new_floats(m * n), new_floats(n), 1e-5f, m, n, new_floats(m * n));
+    rms_norm_backward(new_floats(m * n), new_floats(n), 1e-5f, m, n, new_floats(m * n), new_floats(m * n), new_floats(PARTS * n));
+    swiglu(new_floats(m * n), new_floats(m * n), m * n, new_floats(m * n));
+    swiglu_backward(new_floats(m * n), new_floats(m * n), m * n, new_floats(m * n), new_floats(m * n), new_floats(m * n));
+    int64_t *targets = new_bytes(m * sizeof(int64_t));
     for (int64_t r = 0; r < m; r++) targets[r] = r % 5 == 3 ? IGNORE : r % n;
-    failed |= cross_entropy(floats(m * n), targets, m, n, floats(m));
+    failed |= cross_entropy(new_floats(m * n), targets, m, n, new_floats(m));
     targets[m - 1] = n;
-    failed |= !cross_entropy(floats(m * n), targets, m, n, floats(m));
+    failed |= !cross_entropy(new_floats(m * n), targets, m, n, new_floats(m));
 }
 
 static void heads(int64_t B, int64_t T, int64_t H, int64_t D, int64_t R, int64_t rotary_B, int norm) {
     struct head_strides s = {{B, T, H, D, R, rotary_B}, H * T * D, T * D, D};
     int64_t size = B * T * H * D, angles = rotary_B * T * R;
-    const float *weight = norm ? floats(D) : NULL;
-    to_heads(floats(size), weight, 1e-6f, floats(angles), floats(angles), &s.sizes, floats(size));
-    to_heads_backward(floats(size), weight, 1e-6f, floats(angles), floats(angles), &s, floats(size), floats(size),
-                      floats(PARTS * D));
+    const float *weight = norm ? new_floats(D) : NULL;
+    to_heads(new_floats(size), weight, 1e-6f, new_floats(angles), new_floats(angles), &s.sizes, new_floats(size));
+    to_heads_backward(new_floats(size), weight, 1e-6f, new_floats(angles), new_floats(angles), &s, new_floats(size), new_floats(size),
+                      new_floats(PARTS * D));
 }
 
 /* The new positions are the last for which the cache has room. */
@@ -71,12 +71,12 @@ static void decode(int64_t bits, int64_t rank, int64_t window, struct decode_siz
                                   rank ? layer(rank, k, bits, bits == 4 ? 32 : k, NULL) : NULL)
         int64_t cache = s.batch * s.K * s.capacity * s.D;
         blocks[i] = (struct block){
-            floats(s.C), window ? floats(s.D) : NULL, window ? floats(s.D) : NULL, floats(s.C),
+            new_floats(s.C), window ? new_floats(s.D) : NULL, window ? new_floats(s.D) : NULL, new_floats(s.C),
             LAYER(s.H * s.D, s.C), LAYER(s.K * s.D, s.C), LAYER(s.K * s.D, s.C), LAYER(s.C, s.H * s.D),
-            LAYER(s.I, s.C), LAYER(s.I, s.C), LAYER(s.C, s.I), floats(cache), floats(cache), window};
+            LAYER(s.I, s.C), LAYER(s.I, s.C), LAYER(s.C, s.I), new_floats(cache), new_floats(cache), window};
     }
     s.blocks = 2, s.start = s.capacity - s.T;
-    failed |= decode_blocks(blocks, &s, floats(s.R), 1, floats(s.C), 1e-5f, floats(s.batch * s.T * s.C));
+    failed |= decode_blocks(blocks, &s, new_floats(s.R), 1, new_floats(s.C), 1e-5f, new_floats(s.batch * s.T * s.C));
 }
 
 int main(void) {
@@ -97,7 +97,8 @@ int main(void) {
 """
 
 
-@pytest.mark.parametrize("flags", [["-march=native", "-fopenmp"], []], ids=["native", "portable"])
+@pytest.mark.parametrize("flags", [["-march=native", "-fopenmp"], [], ["-march=native", "-DLANES=16", "-DBYTES=1"]],
+                         ids=["native", "portable", "wide"])
 def test_no_report(flags, tmp_path):
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if os.name != "posix" or compiler is None:
