@@ -145,7 +145,7 @@ def generate(model, ids, max_new_tokens, stop=(), vocab_size=None, generator=Non
     n, text = ids.shape[1], F.pad(ids, (0, max_new_tokens))                    # (B, n + max_new_tokens)
     stopped, cache, unread = [False] * len(ids), None, ids[:, -window:]
     for i in range(max_new_tokens):
-        with decoding():
+        with decoding(device):
             if cache is None or cache.length + unread.shape[1] > window:
                 if cache is not None:
                     unread = text[:, n - max(1, window // 2):n]
@@ -219,7 +219,7 @@ class Reader:
         self.cache.length = min(self.cache.length, n - count - self.start)
         new = text[:, self.start + self.cache.length:]
         self.read += new.shape[1]
-        with decoding():
+        with decoding(text.device):
             logits = self.model(new, cache=self.cache, last=count)[0].float()
         if self.read == new.shape[1]:                            # the first pass
             refuse_not_a_number(logits)

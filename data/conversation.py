@@ -42,12 +42,12 @@ def of_record(place, fields, names=Names()):
     such a turn there is none in the messages. An opening turn of the assistant is left out, because
     no chat begins with it. Raises UserError, naming the place, for a turn that is not text.
     """
-    named = prompt_and_response(fields, names) if any(names) else None
-    chat = None if named or names.text else field(fields, CHATS, list)
+    one_turn = prompt_and_response(fields, names)
+    chat = None if names.text or any(names) and one_turn else field(fields, CHATS, list)
     if chat is not None:
         messages, shape = [message(place, turn) for turn in fields[chat]], f"conversations from {chat}"
-    elif found := named or prompt_and_response(fields, names):
-        messages, shape = found
+    elif one_turn:
+        messages, shape = one_turn
     else:
         return None
     if (system := field(fields, SYSTEMS)) and fields[system].strip() and not any(

@@ -20,12 +20,18 @@ from data.structure import hooks_of
 WORTH = 8                              # tokens: to record a graph takes the time of about five
 
 
-@contextlib.contextmanager
-def decoding():
-    """A context without cuDNN's attention, which makes a plan for each number of keys.
+def decoding(device):
+    """A context for each token of generation: on a GPU, without cuDNN's attention.
 
-    In generation that is a plan for each token, of 20 ms or more. Training keeps cuDNN.
+    cuDNN makes a plan for each number of keys: a plan for each token, of 20 ms or more. Training
+    keeps cuDNN. On a CPU there is nothing to switch, and switching would cost each token.
     """
+    return without_cudnn() if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def without_cudnn():
+    """A context in which attention is not cuDNN's."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
