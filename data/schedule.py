@@ -8,6 +8,7 @@ faster or more slowly: `origin` is (step, share of the schedule done) at the las
 """
 from data.processes import from_first, say
 
+AUTO = -1                             # of a setting that is chosen here
 PLANNED = 13                          # step after which a time budget first becomes steps: the first steps are slow
 
 
@@ -63,6 +64,21 @@ def plan(step, total, seconds, step_seconds, eval_cost, cfg, machine, origin=Non
         return total
     say(machine, f"step {step}: {cfg.minutes:g} minutes are {steps:,} steps of {1000 * step_seconds:.0f} ms")
     return steps
+
+
+def regularization(times, steps_per_reading, cfg):
+    """(share of each weight that weight decay takes at the peak rate, a step; dropout rate; steps
+    over which weights are averaged) of a run.
+
+    times               how often the run reads its text; 0: not known
+    steps_per_reading   steps in which the text is read once
+    """
+    decay, dropout, average = 0.0, 0.0, 0
+    if times > 1 and not cfg.init_from:
+        decay, dropout, average = 0.01, 0.1, 100
+    if cfg.weight_decay != AUTO:
+        decay = cfg.weight_decay * cfg.matrix_lr
+    return (decay, dropout if cfg.dropout == AUTO else cfg.dropout, average if cfg.average == AUTO else cfg.average)
 
 
 class Trend:
