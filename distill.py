@@ -59,6 +59,10 @@ class DistillConfig(train.TrainConfig):
     student_width: int = 0          # with --init random: channels of the residual stream; 0: the teacher's
     student_heads: int = 0          # with --init random: query heads; 0: in proportion
     student_ffn: int = 0            # with --init random: neurons of an MLP; 0: in proportion
+    # against learning by heart: what a teacher says does that already
+    weight_decay: float = 0.0       # as in train.py; -1: by how often the text is read
+    average: int = 0                # as in train.py; -1: likewise
+    dropout: float = 0.0            # as in train.py; -1: likewise
     # the loss
     loss: str = "forward"           # forward (KL(teacher, student)), reverse, or jsd (generalized, by --beta)
     beta: float = 0.5               # jsd: near 0 like forward, near 1 like reverse

@@ -292,7 +292,8 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
             "format": 1, "name": name, "source": file_names(inputs) or [name],
             "val_source": file_names(val or [file.path for file in val_files]), "dtype": dtype,
             "vocab_size": tokenizer.vocab_size, **settings, "tokenizer_hash": tokenizer.hash,
-            **({} if inputs else {"python": platform.python_version()}), "splits": splits, "skipped": skipped.counts(), **repeats})
+            **({} if inputs else {"python": platform.python_version()}), **repeats, "splits": splits,
+            "skipped": skipped.counts()})
 
     if not existing:
         print_report(splits, skipped)

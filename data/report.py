@@ -10,7 +10,7 @@ from data.chain import check_writable
 from data.checkpoints import find_model
 from data.files import REPORT, replacing_file
 from data.heldout import interval
-from data.runs import read_log
+from data.log import read_log
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -67,15 +67,20 @@ def plan(step, total, seconds, step_seconds, eval_cost, cfg, machine, origin=Non
 
 
 def regularization(times, steps_per_reading, cfg):
-    """(share of each weight that weight decay takes at the peak rate, a step; dropout rate; steps
-    over which weights are averaged) of a run.
+    """How a run that reads its text `times` times resists learning it by heart: a tuple of
 
-    times               how often the run reads its text; 0: not known
-    steps_per_reading   steps in which the text is read once
+    decay      share of each weight that weight decay takes in a step at the peak rate
+    dropout    rate of dropout
+    average    number of steps over which the weights are averaged; 0: not
+
+    The rule is for new models, and is measured: `python tests/bench_train.py epochs`. A text that is
+    read often is forgotten within a third of a reading (Wang and Aitchison, 2024, on this time;
+    Kim et al., 2025, on the strength). Settings of cfg other than AUTO stand.
     """
     decay, dropout, average = 0.0, 0.0, 0
-    if times > 1 and not cfg.init_from:
-        decay, dropout, average = 0.01, 0.1, 100
+    if times > 1.5 and not cfg.init_from:
+        decay = min(0.01, 2.8 / steps_per_reading) * min(1, (times - 1.5) / 3.5)
+        dropout, average = min(0.2, 0.02 * times), round(times * steps_per_reading / 12)
     if cfg.weight_decay != AUTO:
         decay = cfg.weight_decay * cfg.matrix_lr
     return (decay, dropout if cfg.dropout == AUTO else cfg.dropout, average if cfg.average == AUTO else cfg.average)
@@ -124,5 +129,5 @@ class Trend:
         read = f", having read it {times:.1f} times" * (times > 0)
         return (f"overfitting: for {many} now the validation loss is higher than at step {step}, and the training "
                 f"loss lower: the model learns the text by heart{read}. {best} keeps the model of step {step}, and "
-                f"sample.py takes it. For a better one give more text, add --dropout 0.1, or stop earlier: --steps "
+                f"sample.py takes it. For a better one give more text, raise --dropout, or stop earlier: --steps "
                 f"{step}, or fewer --minutes. More --evals find the best step more exactly")

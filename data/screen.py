@@ -88,8 +88,8 @@ def road(meta):
     """
     if "repetition" not in meta:
         return ""
-    known = (f"held-out text costs {meta['repetition']:.2f} bits per byte with xz that has read the end of the training "
-             "text: ")
+    known = (f"held-out text costs {meta['repetition']:.2f} bits per byte with xz that has read the end of the "
+             "training text: ")
     if meta["repetition"] < REPEATS:
         return known + "such text repeats itself, and a small model from nothing learns it well"
     return known + ("little of it is a repetition, so a general model that learns on is likely to be better than one "

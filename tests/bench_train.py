@@ -35,7 +35,8 @@ from data.machine import Machine, in_dtype, matmul_rate, pick_device, synchroniz
 from data.speed import memory_peak
 from data.prepare import find, prepare
 from data.report import new_figure, save_figure
-from data.runs import read_log, read_state
+from data.log import read_log
+from data.runs import read_state
 from model import Config, Transformer, load
 
 CONTEXT = 64

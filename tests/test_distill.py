@@ -13,7 +13,8 @@ from data.loader import IGNORE, Batch, Windows
 from data.machine import Machine, Threads
 from data.measure import compare
 from data.prepare import prepare
-from data.runs import Log, read_log, read_state
+from data.log import Log, read_log
+from data.runs import read_state
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, load, save
 from data.structure import shaped

@@ -12,7 +12,8 @@ from data.checkpoints import find_model
 from data.loader import IGNORE, LEARNED, Batch, Windows
 from data.machine import Machine
 from data.prepare import prepare
-from data.runs import Log, read_log, read_state
+from data.log import Log, read_log
+from data.runs import read_state
 from model import Config, Transformer, load
 from data.schedule import is_due, is_falling, new_origin, plan, regularization
 
