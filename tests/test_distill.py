@@ -292,6 +292,16 @@ def test_layers_are_spread_and_copied(teacher, tmp_path, data):
     assert (fresh.config.hidden_size, fresh.config.num_hidden_layers, fresh.config.intermediate_size) == (16, 5, 48)
 
 
+def test_again_is_a_new_model_of_the_teachers_shape(teacher, data, tmp_path, capsys):
+    go(teacher, data, tmp_path / "run", "--init", "again", "--steps", 3)
+    first, student = load(teacher), load(tmp_path / "run" / "last")
+    assert student.config == first.config and "teacher is worse" not in capsys.readouterr().out
+    config = read_state(tmp_path / "run")["config"]
+    assert (config["hard_weight"], config["weight_decay"], config["dropout"]) == (0.5, -1, -1)
+    far = lambda m: (m.lm_head.weight - Transformer(m.config).initialize(torch.Generator().manual_seed(0)).lm_head.weight).norm()
+    assert far(student) < 0.5 * far(first)                       # three steps from random weights, not from the teacher's
+
+
 def test_hard_weight_1_is_plain_training_bit_for_bit(teacher, data, tmp_path):
     rates = ("--lr", 0.01, "--embed-lr", 0.1, "--matrix-lr", 0.02, "--optimizer", "muon", "--beta1", 0.5, "--decay", 0.7)
     go(teacher, data, tmp_path / "a", "--student", teacher, "--hard-weight", 1, "--steps", 6, *rates)
