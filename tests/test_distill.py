@@ -295,7 +295,8 @@ def test_layers_are_spread_and_copied(teacher, tmp_path, data):
 def test_again_is_a_new_model_of_the_teachers_shape(teacher, data, tmp_path, capsys):
     go(teacher, data, tmp_path / "run", "--init", "again", "--steps", 3)
     first, student = load(teacher), load(tmp_path / "run" / "last")
-    assert student.config == first.config and "teacher is worse" not in capsys.readouterr().out
+    assert {k: t.shape for k, t in student.state_dict().items()} == {k: t.shape for k, t in first.state_dict().items()}
+    assert "teacher is worse" not in capsys.readouterr().out
     config = read_state(tmp_path / "run")["config"]
     assert (config["hard_weight"], config["weight_decay"], config["dropout"]) == (0.5, -1, -1)
     begun, layers = distill.make_student(distill.DistillConfig(init="again"), set(), first, None, MACHINE)
