@@ -11,7 +11,7 @@ A run's directory holds two models, best/ (lowest validation loss) and last/ (wi
 --resume needs), log.jsonl (one line per step) and loss.png. fit() below is the only optimizer loop
 of this project; distill.py and compress.py call it.
 """
-import collections, copy, dataclasses, itertools, math, os, shlex
+import collections, contextlib, copy, dataclasses, itertools, math, os, shlex
 from pathlib import Path
 
 import data  # noqa: F401 - first, so that Ctrl-C is quiet while torch is imported
@@ -33,7 +33,7 @@ from data.processes import (agree, all_sum, clip_gradients, local_part, on_whole
                             unsharded)
 from data.report import picture
 from data.runs import SHAPE, Run, check_out, history_entry, open_data, read_state, resumed
-from data.schedule import share_done
+from data.schedule import AUTO, share_done
 from data.screen import opening, show_example, show_scale, show_sizes
 from data.tokenizer import Tokenizer
 from model import Config, QuantLinear, Transformer, load, save
@@ -72,7 +72,7 @@ class TrainConfig:
     lr: float = 0.015               # peak learning rate of the output head and of vectors
     embed_lr: float = 0.15          # peak learning rate of the embedding (with --tie: --lr)
     matrix_lr: float = 0.02         # peak learning rate of matrices (with --optimizer adamw: 0.003)
-    weight_decay: float = 0.0       # decoupled weight decay of matrices
+    weight_decay: float = -1.0      # of matrices; head, embedding: as much a step; -1: by how often the text is read
     beta1: float = 0.5              # AdamW: low, because most rows of an embedding have no gradient in a step
     beta2: float = 0.99             # AdamW: decay of the second moment
     momentum: float = 0.9           # Muon: momentum
@@ -81,7 +81,8 @@ class TrainConfig:
     warmup: int = 20                # steps of linear warm-up
     decay: float = 0.7              # wsd: share of the run in which the rate decays
     clip: float = 1.0               # gradient clipping: largest norm of all gradients; 0: off
-    dropout: float = 0.0            # dropout rate at the end of each attention and MLP layer
+    average: int = -1               # steps over which weights are averaged, for evaluation and best/; -1: likewise
+    dropout: float = -1.0           # dropout rate at the end of each attention and MLP layer; -1: likewise
     seed: int = 0                   # seed of initial weights, data order and dropout
     # evaluation and saving
     evals: int = 3                  # evaluations per run, the last one at the end
@@ -122,8 +123,10 @@ CHOICES = dict(optimizer=("muon", "adamw"), schedule=("wsd", "cosine"), dtype=tu
 LIMITS = (                                              # (rule, test, names of the settings)
     ("be at least 1", lambda x: 1 <= x < math.inf, "layers width context batch_size evals newton_schulz"),
     ("be at least 0", lambda x: 0 <= x < math.inf, "heads kv_heads head_dim ffn steps micro_batch warmup lr embed_lr "
-                                                   "matrix_lr clip weight_decay seed eval_tokens save_seconds"),
-    ("be at least 0 and below 1", lambda x: 0 <= x < 1, "dropout beta1 beta2 momentum"),
+                                                   "matrix_lr clip seed eval_tokens save_seconds"),
+    ("be at least 0, or -1: chosen", lambda x: 0 <= x < math.inf or x == AUTO, "weight_decay average"),
+    ("be at least 0 and below 1", lambda x: 0 <= x < 1, "beta1 beta2 momentum"),
+    ("be at least 0 and below 1, or -1: chosen", lambda x: 0 <= x < 1 or x == AUTO, "dropout"),
     ("be between 0 and 1", lambda x: 0 <= x <= 1, "decay"),
     ("be between 0 and 1024", lambda x: 0 <= x <= 1024, "threads"))
 
@@ -307,7 +310,7 @@ def orthogonalize(x, iterations=3):
 
 def make_optimizers(model, loss_fn, cfg):
     """[AdamW, Muon], with Muon for the matrices inside the blocks; or [AdamW] for all."""
-    matrices, embeddings, rest = [], [], []
+    matrices, embeddings, vectors, heads = [], [], [], []
     extra = loss_fn.named_parameters() if isinstance(loss_fn, nn.Module) else ()
     for name, p in itertools.chain(model.named_parameters(), extra):
         if not p.requires_grad:
@@ -317,23 +320,70 @@ def make_optimizers(model, loss_fn, cfg):
         elif p.ndim > 1 and ".layers." in name:
             matrices.append(p)
         else:
-            rest.append(p)
-    groups = [dict(params=embeddings, lr=cfg.embed_lr, weight_decay=0.0),
-              dict(params=rest, lr=cfg.lr, weight_decay=0.0)]
+            (heads if p.ndim > 1 else vectors).append(p)
+    groups = [dict(params=embeddings, lr=cfg.embed_lr), dict(params=vectors, lr=cfg.lr, decays=False),
+              dict(params=heads, lr=cfg.lr)]
     if cfg.optimizer == "adamw":
-        groups.append(dict(params=matrices, lr=cfg.matrix_lr, weight_decay=cfg.weight_decay))
+        groups.append(dict(params=matrices, lr=cfg.matrix_lr))
     groups = [g for g in groups if g["params"]]
-    optimizers = [torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=1e-10, fused=True)]
+    optimizers = [torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=1e-10, weight_decay=0.0, fused=True)]
     if cfg.optimizer == "muon" and matrices:
-        optimizers.append(Muon(matrices, cfg.matrix_lr, cfg.momentum, cfg.weight_decay, cfg.newton_schulz))
+        optimizers.append(Muon(matrices, cfg.matrix_lr, cfg.momentum, iterations=cfg.newton_schulz))
     for group in groups_of(optimizers):
         group["peak"] = group["lr"]                              # lr_at gives a share of the peak
     return optimizers
 
 
+def regularize(forward, optimizers, decay, dropout):
+    """Sets the dropout rate, and the weight decay: what a step at the peak rate takes off each weight.
+
+    decay    share of a matrix that it takes, and of the embedding and the head: their rates differ
+    """
+    for group in groups_of(optimizers):
+        group["weight_decay"] = decay / group["peak"] if decay and group.get("decays", True) else 0.0
+    for module in forward.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+
+
 def groups_of(optimizers):
     """The parameter groups of all optimizers."""
     return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+class Average:
+    """Moving average of the weights over the last steps (Polyak and Juditsky, 1992).
+
+    weights    [tensor, ...], as model.parameters(); [] while nothing is averaged
+    steps      number of steps in it so far
+    """
+    def __init__(self, model):
+        self.model, self.weights, self.steps = model, [], 0
+
+    @torch.no_grad()
+    def update(self, horizon):
+        """Takes in the present weights. A step counts less the older it is: e times after `horizon`."""
+        self.steps = self.steps + 1 if horizon else 0
+        if self.steps < 2:
+            self.weights = [p.detach().clone() for p in self.model.parameters()] if horizon else []
+        else:
+            averages, weights = ([local_part(t) for t in ts] for ts in (self.weights, self.model.parameters()))
+            torch._foreach_lerp_(averages, weights, 1 / min(horizon, self.steps))
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """A context in which the model has the averaged weights, if there are any."""
+        self.swap()
+        yield
+        self.swap()
+
+    @torch.no_grad()
+    def swap(self):
+        for p, average in zip(self.model.parameters(), self.weights):
+            p, average = local_part(p), local_part(average)
+            now = p.clone()
+            p.copy_(average)
+            average.copy_(now)
 
 
 def lr_at(step, total, cfg, origin=(0, 0.0)):
@@ -428,21 +478,24 @@ def fit(model, batches, loss_fn, cfg, machine, *, evaluate, tokenizer, entry, ev
     accelerate(model, cfg.native, globals())                     # globals(): softmax_gradient of this file, too
     forward = ModelAndLoss(model, loss_fn)
     forward = prepared(forward, lambda: batches(0, rows_at_once(cfg, machine)), cfg, machine, globals())
-    optimizers = make_optimizers(model, loss_fn, cfg)
-    run.open(optimizers)
+    optimizers, average = make_optimizers(model, loss_fn, cfg), Average(model)
+    run.open(optimizers, average)
     model.train()
     while not run.is_finished():
         rate = lr_at(run.step, run.total or 10 ** 9, cfg, run.origin)
         for group in groups_of(optimizers):
             group["lr"] = group["peak"] * rate
+        decay, dropout, horizon = run.regularization()
+        regularize(forward, optimizers, decay, dropout)
         with run.timed_step():
             loss, count, norm, metrics = train_step(run.step, forward, batches, optimizers, run.scaler, cfg, machine)
             run.check_finite(loss, norm)
             if after_step is not None:
                 after_step(model)
+            average.update(horizon)
         run.log_step(loss, count, norm, metrics, rate)
         if run.is_time_to_evaluate():
-            with unsharded(forward):
+            with average.in_place(), unsharded(forward):
                 figures = evaluate(model)
             run.log_evaluation(figures)                          # saves last/, and best/ if this is the best
         elif run.is_time_to_save():

@@ -4,7 +4,7 @@ Second pass of prepare: threads encode documents into files that can be continue
 A task is a list of (TRAIN or VAL, item). An item is a piece of text, an Example, or None at a
 document's end. The tasks of the same sources are always the same, so a count says what is done.
 """
-import contextlib, itertools, json, os
+import contextlib, itertools, json, lzma, os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -221,6 +221,26 @@ def write(part, progress, tokenizer, sources, kind):
             if progress["examples"][which] > counts["documents"]:  # see encode_turns
                 counts["examples"] = progress["examples"][which]
     return dict(zip(("train", "val"), stats)), dtype.name
+
+
+def repetition(part, splits, dtype, tokenizer):
+    """Bits per byte of held-out text for xz, a general compressor, that has read training text.
+
+    Of the learned tokens: the last 2^18 of the training split, the first 2^15 of the validation
+    split. Returns {"repetition": bits}, or {} for a text of 20 MB and more: that is not little.
+    """
+    if splits["train"]["bytes"] >= 20_000_000:
+        return {}
+
+    def text(split, chosen):
+        tokens = np.fromfile(part / f"{split}.bin", dtype)
+        mask = part / f"{split}.mask.bin"
+        if mask.exists():
+            tokens = tokens[np.fromfile(mask, np.uint8) & LEARNED > 0]
+        return tokenizer.decode_bytes(tokens[chosen].tolist())
+    known, held_out = text("train", slice(-2 ** 18, None)), text("val", slice(2 ** 15))
+    size = lambda text: len(lzma.compress(text, preset=6))
+    return {"repetition": round(8 * (size(known + held_out) - size(known)) / max(1, len(held_out)), 3)}
 
 
 def write_held_out(path, sources):

@@ -24,6 +24,7 @@ Batch = namedtuple("Batch", "ids targets segments")     # (B, T) int64 each; seg
 # Fields of meta.json that are used: see data/values.py.
 META = {"name": (str,), "kind": (str,), "dtype": (str,), "vocab_size": (int, 1, 2 ** 31), "tokenizer_hash": (str,),
         "sha256": (str,), "splits": (dict,)}
+ADDED = {"repetition": (float, 0, 1e6)}                 # not of all data
 SPLITS = dict.fromkeys(("train", "val"), (dict,))
 COUNTS = {"tokens": (int, 0, 2 ** 48)}
 
@@ -33,7 +34,7 @@ def read_meta(directory):
     path = Path(directory) / "meta.json"
     try:
         meta = read_json(path)
-        check_values(meta, META, path, needed=META)
+        check_values(meta, {**META, **ADDED}, path, needed=META)
         check_values(meta["splits"], SPLITS, f"{path}: splits", needed=SPLITS)
         for split in SPLITS:
             check_values(meta["splits"][split], COUNTS, f"{path}: splits: {split}", needed=COUNTS)

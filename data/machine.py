@@ -345,7 +345,7 @@ def how_quantized_layers_run(model):
 
 
 def prepared(forward, first_batch, cfg, machine, functions):
-    """A ModelAndLoss with dropout, activation checkpointing, torch.compile, and DDP or FSDP.
+    """A ModelAndLoss with activation checkpointing, torch.compile, and DDP or FSDP.
 
     first_batch() gives a Batch for the first compilation; functions: globals() of train.py, whose
     softmax_gradient is compiled on a GPU. Where compilation fails, a sentence says so and nothing
@@ -353,9 +353,6 @@ def prepared(forward, first_batch, cfg, machine, functions):
     """
     body, fsdp = forward.model.model, cfg.fsdp and machine.size > 1
     body.checkpoint = cfg.checkpoint_activations
-    for module in forward.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = cfg.dropout
     if fsdp:
         shard(forward, machine)
     if cfg.compile:

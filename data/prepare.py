@@ -34,6 +34,7 @@ from data import UserError, corpora, download, encoding
 from data.console import Parser, run
 from data.conversation import Names, asked
 from data.files import DATASET, marker_of, refuse_foreign, resumable, settle, write_json
+from data.screen import road
 from data.split import BOTH, DROP, TRAIN, VAL, Scan, Source, split
 from data.tokenizer import SPECIALS, Tokenizer
 
@@ -286,17 +287,21 @@ def prepare(name=None, inputs=(), val=(), out=None, vocab_size=None, tokenizer=N
         if scan.kind == "examples":
             encoding.write_held_out(part / "val.jsonl", sources)
         splits, dtype = encoding.write(part, progress, tokenizer, sources, scan.kind)
+        repeats = encoding.repetition(part, splits, dtype, tokenizer) if inputs else {}
         write_json(part / "meta.json", {
             "format": 1, "name": name, "source": file_names(inputs) or [name],
             "val_source": file_names(val or [file.path for file in val_files]), "dtype": dtype,
             "vocab_size": tokenizer.vocab_size, **settings, "tokenizer_hash": tokenizer.hash,
-            **({} if inputs else {"python": platform.python_version()}), "splits": splits, "skipped": skipped.counts()})
+            **({} if inputs else {"python": platform.python_version()}), **repeats, "splits": splits,
+            "skipped": skipped.counts()})
 
     if not existing:
         print_report(splits, skipped)
         seconds, read = time.perf_counter() - start, sum(counts["bytes"] for counts in splits.values())
         print(f"wrote {out.name}: {scan.kind}, {tokenizer.vocab_size:,} ids, {dtype}, sha256 {scan.sha256[:12]}; "
               f"{seconds:.1f} s, {read / seconds / 1e6:.1f} MB/s")
+        if sentence := road(repeats):
+            print(sentence)
     return out
 
 

@@ -10,7 +10,7 @@ from data.chain import check_writable
 from data.checkpoints import find_model
 from data.files import REPORT, replacing_file
 from data.heldout import interval
-from data.runs import read_log
+from data.log import read_log
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def write_distillation(rows, cfg, cached):
     for heading, key, form in DISTILLATION:
         columns[heading] = lambda item, key=key, form=form: form.format(item[1][key]) if key in item[1] else ""
     text = markdown(columns, rows.items())
-    if student["bits_per_byte"] < base and not cfg.exits:
+    if student["bits_per_byte"] < base and not cfg.exits and cfg.init != "again":
         text += (f"\n\nWarning: at {base:.4f} bits per byte the teacher is worse than the student, at "
                  f"{student['bits_per_byte']:.4f}: train the teacher longer.")
     if "control" in rows:

@@ -1,5 +1,5 @@
 """A training run's directory: log, saves, data, and resuming after a kill."""
-import collections, contextlib, dataclasses, json, math, os, signal, statistics, sys, time
+import collections, contextlib, dataclasses, math, os, signal, statistics, sys, time
 from pathlib import Path
 
 import torch
@@ -9,13 +9,14 @@ from tqdm import tqdm
 
 from data import UserError
 from data.checkpoints import checkpoint_hash, find_model, model_name
-from data.files import MODEL, beside, is_ours, refuse_foreign, remove_tree, replacing_file, settle
+from data.files import MODEL, beside, is_ours, refuse_foreign, remove_tree, settle
 from data.hub import read_config
 from data.loader import read_meta
+from data.log import Log, read_log
 from data.machine import products_rate, synchronize
 from data.prepare import find, prepare
 from data.processes import all_sum, gathered, launch, local_part, say, sharded_like
-from data.schedule import Trend, evaluations, is_due, is_falling, new_origin, plan
+from data.schedule import Trend, evaluations, is_due, is_falling, new_origin, plan, regularization
 from data.screen import evaluation_line, readings_line
 from data.tokenizer import Tokenizer
 from data.values import check_values
@@ -64,11 +65,12 @@ class Run:
             self.loss_fn.load_state_dict(state["loss"])
         self.parents.pop()                               # the last history entry is the entry of this run
 
-    def open(self, optimizers):
-        """Starts the log and the progress bar; on resume, restores the optimizers first."""
-        self.optimizers, machine, total = optimizers, self.machine, self.total
+    def open(self, optimizers, average):
+        """Starts the log and the progress bar; on resume, restores optimizers and average first."""
+        self.optimizers, self.average, machine, total = optimizers, average, self.machine, self.total
         if self.state:
             load_optimizers(optimizers, self.state, self.out)
+            load_average(average, self.state, self.out)
         self.matmul = products_rate(machine), machine.threads.count          # to print how busy the machine is
         self.log, self.interrupt = Log(self.out / "log.jsonl", self.step, machine, self.cfg), Interrupt()
         self.evaluated = evaluations(self.step, total, self.origin, self.cfg)
@@ -88,16 +90,23 @@ class Run:
         """Saves best/ if a kill came after the save of last/ and before the save of best/."""
         own = self.model.history[-1]
         if own.get("val_loss") == self.best and best_loss(self.out) != self.best:
-            self.save("best", **{k: v for k, v in own.items() if k.startswith("val_")})
+            self.save_best({k: v for k, v in own.items() if k.startswith("val_")})
 
     def say_readings(self):
         """Prints how often the run reads the training text."""
         if self.reading:
-            say(self.machine, f"{self.total:,} steps: {readings_line(self.readings(self.total))}")
+            decay, dropout, average = self.regularization()
+            say(self.machine, f"{self.total:,} steps: {readings_line(self.readings(self.total))}; weight decay "
+                f"{decay / self.cfg.matrix_lr:.2g}, dropout {dropout:g}, weights averaged over {average} steps")
 
     def readings(self, steps):
         """{name: how often that text has been read} after a number of steps, the main text first."""
         return {name: steps * self.positions / tokens for name, tokens in self.reading.items()}
+
+    def regularization(self):
+        """(weight decay, dropout rate, steps to average), by how often the run reads its text."""
+        times = next(iter(self.readings(self.total).values()), 0.0)
+        return regularization(times, self.total / times if times else 0, self.cfg)
 
     def is_finished(self):
         """Whether all steps are done."""
@@ -206,7 +215,12 @@ class Run:
             say(machine, warning)
         self.save("last", **val)                         # first: see finish_saves
         if improved:
-            self.save("best", **val)
+            self.save_best(val)
+
+    def save_best(self, figures):
+        """Saves best/: the averaged weights, which were evaluated, if there are any."""
+        with self.average.in_place():
+            self.save("best", **figures)
 
     def save(self, name, **figures):
         """Saves the model as best/, or as last/ with the state that --resume needs."""
@@ -234,7 +248,8 @@ class Run:
                     optimizers=[gathered(optimizer.state_dict(), machine) for optimizer in self.optimizers],
                     loss=gathered(loss.state_dict(), machine) if isinstance(loss, nn.Module) else {},
                     origin=list(self.origin), threads=machine.threads.count, dtype=str(machine.dtype)[6:],
-                    trend=self.trend.numbers)
+                    trend=self.trend.numbers, average=[gathered(t, machine) for t in self.average.weights],
+                    average_steps=self.average.steps)
 
     def stop_if_asked(self):
         """Ends the run after a Ctrl-C, once last/ is saved. Raises KeyboardInterrupt."""
@@ -268,6 +283,16 @@ def load_optimizers(optimizers, state, out):
             tensors.update({k: sharded_like(ps[i], t) for k, t in tensors.items()
                             if torch.is_tensor(t) and t.shape == ps[i].shape})
         optimizer.load_state_dict({**entry, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_average(average, state, out):
+    """Restores a train.Average from a training state. Raises UserError for that of another model."""
+    params = list(average.model.parameters())
+    if state["average"] and [getattr(t, "shape", None) for t in state["average"]] != [p.shape for p in params]:
+        raise UserError(f"training_state.pt in {out / 'last'} belongs to another model: start a new run with "
+                        f"--init-from {out / 'last'}")
+    average.steps = state["average_steps"]
+    average.weights = [sharded_like(p, t.to(p.device)) for p, t in zip(params, state["average"])]
 
 
 def matches(saved, params):
@@ -311,66 +336,12 @@ class Interrupt:
             signal.signal(s, handler)
 
 
-class Log:
-    """log.jsonl, cut back to the saved step on resume, and with --wandb Weights & Biases.
-
-    A new run in the place of an old one writes log.jsonl.new until the first save.
-    """
-    def __init__(self, path, step, machine, cfg):
-        self.file = self.wandb = None
-        if machine.rank:
-            return
-        if cfg.wandb:
-            try:
-                import wandb
-                self.wandb = wandb.init(project=cfg.wandb, name=path.parent.name, config=dataclasses.asdict(cfg))
-            except Exception as error:
-                raise UserError(f"--wandb {cfg.wandb} failed ({error}): install wandb and run wandb login, set "
-                                "WANDB_MODE=offline, or leave the flag out") from None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = [line for line in read_log(path) if line["step"] <= step] if step else []
-        self.path = path.with_name("log.jsonl.new") if not step and path.exists() else path
-        with replacing_file(self.path) as new:           # so that a kill does not lose the curve
-            new.write_text("".join(json.dumps(line) + "\n" for line in before), encoding="utf-8")
-        self.file = open(self.path, "a", encoding="utf-8")
-
-    def replace_old(self):
-        """Puts a new run's log in the place of the old run's."""
-        if self.file and self.path.name == "log.jsonl.new":
-            self.file.close()
-            self.path = self.path.replace(self.path.with_name("log.jsonl"))
-            self.file = open(self.path, "a", encoding="utf-8")
-
-    def write(self, **line):
-        """Appends a line, a dict with "step"."""
-        if self.file:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-        if self.wandb:
-            self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
-
-    def close(self):
-        if self.file:
-            self.file.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def read_log(path):
-    """The lines of log.jsonl, dicts of numbers; without lines that a kill or a bad disk damaged."""
-    lines = []
-    if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and all(type(v) in (int, float) for v in line.values())
-            and isinstance(line.get("step"), int) and {"tokens", "seconds"} <= line.keys()]
-
-
 STATE = {"step": (int, 0, 2 ** 48), "total": (int, 0, 2 ** 48), "tokens": (int, 0, 2 ** 62),
          "seconds": (float, 0, 1e12), "best": (float,), "optimizers": ([dict],), "scaler": (dict,), "config": (dict,),
-         "loss": (dict,), "threads": (int, 0, 2 ** 20), "dtype": (str,), "launch": (str,), "trend": (dict,)}
-ADDED = {"launch": "", "origin": (0, 0.0), "threads": 0, "dtype": "", "trend": {}}    # of no earlier version
+         "loss": (dict,), "threads": (int, 0, 2 ** 20), "dtype": (str,), "launch": (str,), "trend": (dict,),
+         "average": (list,), "average_steps": (int, 0, 2 ** 48)}
+ADDED = {"launch": "", "origin": (0, 0.0), "threads": 0, "dtype": "", "trend": {}, "average": [],
+         "average_steps": 0}                             # of no earlier version
 
 
 def read_state(out):

@@ -8,6 +8,7 @@ faster or more slowly: `origin` is (step, share of the schedule done) at the las
 """
 from data.processes import from_first, say
 
+AUTO = -1                             # of a setting that is chosen here
 PLANNED = 13                          # step after which a time budget first becomes steps: the first steps are slow
 
 
@@ -65,6 +66,26 @@ def plan(step, total, seconds, step_seconds, eval_cost, cfg, machine, origin=Non
     return steps
 
 
+def regularization(times, steps_per_reading, cfg):
+    """How a run that reads its text `times` times resists learning it by heart: a tuple of
+
+    decay      share of each weight that weight decay takes in a step at the peak rate
+    dropout    rate of dropout
+    average    number of steps over which the weights are averaged; 0: not
+
+    The rule is for new models, and is measured: `python tests/bench_train.py epochs`. A text that is
+    read often is forgotten within a third of a reading (Wang and Aitchison, 2024, on this time;
+    Kim et al., 2025, on the strength). Settings of cfg other than AUTO stand.
+    """
+    decay, dropout, average = 0.0, 0.0, 0
+    if times > 1.5 and not cfg.init_from:
+        decay = min(0.01, 2.8 / steps_per_reading) * min(1, (times - 1.5) / 3.5)
+        dropout, average = min(0.2, 0.02 * times), round(times * steps_per_reading / 12)
+    if cfg.weight_decay != AUTO:
+        decay = cfg.weight_decay * cfg.matrix_lr
+    return (decay, dropout if cfg.dropout == AUTO else cfg.dropout, average if cfg.average == AUTO else cfg.average)
+
+
 class Trend:
     """Training loss beside validation loss, evaluation after evaluation, in nats per learned token.
 
@@ -108,5 +129,5 @@ class Trend:
         read = f", having read it {times:.1f} times" * (times > 0)
         return (f"overfitting: for {many} now the validation loss is higher than at step {step}, and the training "
                 f"loss lower: the model learns the text by heart{read}. {best} keeps the model of step {step}, and "
-                f"sample.py takes it. For a better one give more text, add --dropout 0.1, or stop earlier: --steps "
+                f"sample.py takes it. For a better one give more text, raise --dropout, or stop earlier: --steps "
                 f"{step}, or fewer --minutes. More --evals find the best step more exactly")

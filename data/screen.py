@@ -25,6 +25,8 @@ def show_sizes(cfg, machine, model, train, eval_tokens, mix=()):
         f"{c.max_position_embeddings}")
     say(machine, f"{cfg.batch_size * cfg.context:,} tokens a step; each of {cfg.evals} evaluations reads "
         f"{eval_tokens:,} of {sizes['val']['tokens']:,} validation tokens")
+    if not cfg.init_from and meta.get("repetition", 0.0) >= REPEATS:
+        say(machine, road(meta))
     if train.long:
         say(machine, f"{train.long:,} examples exceed the window of {cfg.context} tokens: they are split into pieces, "
             "each read behind half a window of context" +
@@ -74,6 +76,24 @@ def show_scale(cfg, tokenizer, val):
     entry = read_config(find_model(cfg.out))["history"][-1]
     print(f"bits per byte: 8 where nothing is known, {compressed:.2f} by xz -9e on {len(text) / 1e3:,.0f} KB of this "
           f"validation text, {entry['val_bits_per_byte']:.2f} by this model; {Path(cfg.out, 'loss.png')} has the curve")
+
+
+REPEATS = 0.5            # bits per byte, see road: at 0.1 and below a model from nothing won, at 1.0 and above it lost
+
+
+def road(meta):
+    """A sentence on which road suits little text, from nothing or from a general model; "" if not known.
+
+    meta: meta.json of prepared data, with `repetition` of data/encoding.py
+    """
+    if "repetition" not in meta:
+        return ""
+    known = (f"held-out text costs {meta['repetition']:.2f} bits per byte with xz that has read the end of the "
+             "training text: ")
+    if meta["repetition"] < REPEATS:
+        return known + "such text repeats itself, and a small model from nothing learns it well"
+    return known + ("little of it is a repetition, so a general model that learns on is likely to be better than one "
+                    "from nothing: data/prepare.py --tokenizer MODEL_DIR, then train.py --init-from MODEL_DIR")
 
 
 def opening(tokenizer, val):

@@ -4,6 +4,7 @@
     python tests/bench_train.py race --corpus FILE --ablation 450                # each ingredient left out, 450 steps
     python tests/bench_train.py throughput --nanogpt CHECKOUT --shapes 30M 124M --context 512 1024 --batch 1
     python tests/bench_train.py scale --minutes 1 5 --threads 2 --shapes 64x4 96x4 128x4 --out out-scale
+    python tests/bench_train.py epochs --data NAME --readings 2 5 16 --recipes all none --out out-epochs
 
 race: nanoGPT's CPU example (its README: 4 layers of width 128, context 64, 2,000 iterations) by its own command,
 characters as ids, and train.py with RACE below, bytes as ids, in turns on the same cores, on the first 90 % of an ASCII
@@ -11,6 +12,8 @@ file. One function scores both on the rest. Times are of training alone: no eval
 throughput: forward, backward, clipping and optimizer at one shape, each side in its own process, in turns.
 scale: train.py for fixed times on each shape. Runs are kept in --out and not run again; all that are there count, but
 those longer than --fit-minutes are not fitted: there the fitted value is a prediction.
+epochs: train.py on little text that it reads several times: with what train.py does then by itself (all), with nothing
+of it (none), without one part of it, or with flags of your own in quotes. A picture shows the loss against readings.
 """
 import collections, contextlib, functools, importlib.util, io, itertools, json, math, os, pickle, re, shutil
 import statistics, subprocess, sys, tempfile, time
@@ -27,11 +30,13 @@ import train
 from data import UserError
 from data.console import Parser, run
 from data.files import read_json
-from data.loader import IGNORE, Batch
+from data.loader import IGNORE, Batch, Windows
 from data.machine import Machine, in_dtype, matmul_rate, pick_device, synchronize
 from data.speed import memory_peak
 from data.prepare import find, prepare
-from data.runs import read_log, read_state
+from data.report import new_figure, save_figure
+from data.log import read_log
+from data.runs import read_state
 from model import Config, Transformer, load
 
 CONTEXT = 64
@@ -387,17 +392,57 @@ def scale(args):
         print(f"| {minutes:g} | {sizes[losses.argmin()]:,.0f} | {losses.min():.4f} |")
 
 
+RECIPES = {"all": "", "no decay": "--weight-decay 0", "no dropout": "--dropout 0", "no average": "--average 0",
+           "none": "--weight-decay 0 --dropout 0 --average 0"}
+
+
+def epochs(args):
+    out, data = Path(args.out).resolve(), find(args.data) or prepare(args.data)
+    cfg, _ = train.parse(train.TrainConfig, "", args.flags.split())
+    steps_per_reading = Windows(data, "train", cfg.context).per_epoch / cfg.batch_size
+    losses = collections.defaultdict(list)                              # {(recipe, readings): [(best, end), ...]}
+    for seed, times, recipe in itertools.product(range(args.seeds or 1), args.readings, args.recipes):
+        folder = out / re.sub(r"[^\w.]+", "-", f"{data.name} {recipe} {times:g}x seed {seed}")
+        if not (folder / "last/config.json").is_file() or (state := read_state(folder))["step"] < state["total"]:
+            print(f"training {folder.name}", flush=True)
+            command(ROOT, ROOT / "train.py", *args.flags.split(), *RECIPES.get(recipe, recipe).split(), data=data,
+                    out=folder, steps=max(1, round(times * steps_per_reading)), seed=seed, overwrite=True)
+        bits = [line["val_bits_per_byte"] for line in read_log(folder / "log.jsonl") if "val_bits_per_byte" in line]
+        losses[recipe, times].append((min(bits), bits[-1]))
+    print(f"\n{data.name}: bits per byte of held-out text\n\n| recipe | readings | best | at the end |")
+    print("|---|---:|---:|---:|")
+    for (recipe, times), seeds in losses.items():
+        print(f"| {recipe} | {times:g} | {' | '.join(spread(column) for column in zip(*seeds))} |")
+    figure, ax = new_figure("readings.png")
+    for recipe, style in zip(args.recipes, itertools.cycle(("o-", "s--", "^:", "D-.", "v-"))) if figure else ():
+        ends = [statistics.fmean(end for _, end in losses[recipe, times]) for times in args.readings]
+        ax.plot(args.readings, ends, style, label=recipe)
+    if figure:
+        ax.set(xscale="log", xticks=args.readings, xticklabels=[f"{times:g}" for times in args.readings],
+               xlabel="readings of the training text", ylabel="loss on held-out text at the end (bits per byte)")
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        ax.legend()
+        save_figure(figure, out / "readings.png")
+
+
+def spread(values):
+    """The mean of several seeds' values, with the lowest and the highest."""
+    text = f"{statistics.fmean(values):.4f}"
+    return text + f" ({min(values):.4f} ... {max(values):.4f})" * (len(values) > 1)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["child"], ["stepper"]):                                    # the processes that the others start
         return {"child": child, "stepper": stepper}[argv[0]](argv[1:])
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("what", choices=("race", "throughput", "scale"))
+    add("what", choices=("race", "throughput", "scale", "epochs"))
     add("--threads", type=int, default=1)
     add("--nanogpt", metavar="CHECKOUT", help="the opponent's directory; it is not written to")
     add("--corpus", metavar="FILE", help="race: the text, in ASCII")
-    add("--seeds", type=int, help="race: default 3, of --ablation 1")
+    add("--seeds", type=int, help="race: default 3, of --ablation 1; epochs: default 1")
     add("--iterations", type=int, default=2000, help="race: nanoGPT's (default: its example's 2000)")
     add("--steps", type=int, help="race: where the search for ours begins (default: a fifth of its)")
     add("--ablation", type=int, metavar="STEPS", help="race: instead, leave out each ingredient for so many steps")
@@ -406,23 +451,26 @@ def main(argv=None):
     add("--batch", type=int, default=4, help="throughput: windows a step (for 124M on one core take 1)")
     add("--rounds", type=int, default=5, help="throughput")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="throughput: ours (nanoGPT's is adamw)")
-    add("--data", default="stdlib", help="scale: prepared data, or a known corpus")
+    add("--data", default="stdlib", help="scale, epochs: prepared data, or a known corpus")
+    add("--readings", nargs="+", type=float, default=[2.0, 5.0, 16.0], help="epochs: of the training text, in a run")
+    add("--recipes", nargs="+", default=["all", "none"], help=f"epochs: {', '.join(RECIPES)}, or flags in quotes")
     add("--minutes", nargs="+", type=float, default=[5.0], help="scale: of a run; several for the curve")
     add("--fit-minutes", type=float, default=math.inf, help="scale: fit shorter runs only, and predict the longer ones")
     add("--vocab", nargs="+", type=int, default=[0], help="scale: prepare the corpus with each size (0: as it is)")
-    add("--out", default="out-scale", help="scale: where the runs are kept")
-    add("--flags", default="", help="scale: more flags for train.py, in one string")
+    add("--out", default="out-scale", help="scale, epochs: where the runs are kept")
+    add("--flags", default="", help="scale, epochs: more flags for train.py, in one string")
     args = parser.parse_args(argv)
     for shape in args.shapes:
         if shape not in SHAPES and (args.what == "throughput" or not re.fullmatch(r"\d+x\d+", shape)):
             parser.error(f"--shapes {shape}: throughput has {', '.join(SHAPES)}, scale WIDTHxLAYERS, such as 128x4")
     for name in ("train.py", "model.py", "config/train_shakespeare_char.py", "data/shakespeare_char"):
-        if args.what != "scale" and not args.ablation and not Path(args.nanogpt or os.devnull, name).exists():
+        beside = args.what in ("race", "throughput") and not args.ablation
+        if beside and not Path(args.nanogpt or os.devnull, name).exists():
             parser.error(f"--nanogpt {args.nanogpt or 'CHECKOUT'} has no {name}: git clone "
                          "https://github.com/karpathy/nanoGPT and give that directory")
     os.environ.update(OMP_NUM_THREADS=str(args.threads), PYTHONIOENCODING="utf-8")                # for the processes
     torch.set_num_threads(args.threads)
-    {"race": race, "throughput": throughput, "scale": scale}[args.what](args)
+    dict(race=race, throughput=throughput, scale=scale, epochs=epochs)[args.what](args)
 
 
 if __name__ == "__main__":

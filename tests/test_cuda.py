@@ -12,7 +12,7 @@ import compress, sample, train
 from data.graphs import FixedCache, Replay, one_launch
 from data.loader import Batch
 from data.machine import accelerate, is_accelerated, is_fast_on_cpu
-from data.runs import read_log
+from data.log import read_log
 from data.structure import body_layers
 from model import LAYERS, Config, KVCache, Transformer, load
 

@@ -1,6 +1,7 @@
 """data/: numbers from real files and tokenizers, nothing mocked. Needs no network."""
 
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -495,3 +496,24 @@ def test_command_names_every_encoding(tmp_path):
     again = command_line("--input", "notes.txt", "--out", "ds")
     assert again.returncode == 2 and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
     assert command_line("--input", "none.txt").stderr == "error: --input none.txt: there is no such file or folder\n"
+
+
+def test_prepare_tells_text_that_repeats_itself_from_text_that_does_not(tmp_path, capsys):
+    """`repetition` is xz's, by hand; the sentence names the other road only where text is new."""
+    random = np.random.default_rng(0)
+    said = [" ".join(map(str, random.integers(0, 1000, 40))) for _ in range(20)]
+    for name, texts in (("same", random.choice(said, 400)), ("new", [" ".join(map(str, random.integers(0, 1000, 40)))
+                                                                   for _ in range(400)])):
+        lines = [json.dumps({"prompt": f"Question {i}?", "response": text}) for i, text in enumerate(texts)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        out = prepare(name, [tmp_path / f"{name}.jsonl"], tokenizer="bytes", out=tmp_path / name)
+        meta, printed = json.loads((out / "meta.json").read_text(encoding="utf-8")), capsys.readouterr().out
+        known, held_out = (learned_text(out, split) for split in ("train", "val"))
+        by_hand = 8 * (len(lzma.compress(known + held_out)) - len(lzma.compress(known))) / len(held_out)
+        assert meta["repetition"] == pytest.approx(by_hand, abs=1e-3)
+        assert (meta["repetition"] < 0.5) == (name == "same") == ("--init-from" not in printed)
+
+
+def learned_text(directory, split):
+    tokens, mask = (np.fromfile(directory / f"{split}{ending}", dtype) for ending, dtype in ((".bin", "<u2"), (".mask.bin", "u1")))
+    return Tokenizer.load(directory).decode_bytes(tokens[mask & 1 > 0].tolist())

@@ -13,7 +13,8 @@ from data.loader import IGNORE, Batch, Windows
 from data.machine import Machine, Threads
 from data.measure import compare
 from data.prepare import prepare
-from data.runs import Log, read_log, read_state
+from data.log import Log, read_log
+from data.runs import read_state
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, load, save
 from data.structure import shaped
@@ -289,6 +290,18 @@ def test_layers_are_spread_and_copied(teacher, tmp_path, data):
     assert small.config.num_hidden_layers == n and small.parameters_count() <= 0.6 * t.parameters_count()
     fresh, _ = distill.make_student(distill.DistillConfig(init="random", student_width=16, student_layers=5), set(), t, None, MACHINE)
     assert (fresh.config.hidden_size, fresh.config.num_hidden_layers, fresh.config.intermediate_size) == (16, 5, 48)
+
+
+def test_again_is_a_new_model_of_the_teachers_shape(teacher, data, tmp_path, capsys):
+    go(teacher, data, tmp_path / "run", "--init", "again", "--steps", 3)
+    first, student = load(teacher), load(tmp_path / "run" / "last")
+    assert {k: t.shape for k, t in student.state_dict().items()} == {k: t.shape for k, t in first.state_dict().items()}
+    assert "teacher is worse" not in capsys.readouterr().out
+    config = read_state(tmp_path / "run")["config"]
+    assert (config["hard_weight"], config["weight_decay"], config["dropout"]) == (0.5, -1, -1)
+    begun, layers = distill.make_student(distill.DistillConfig(init="again"), set(), first, None, MACHINE)
+    assert layers == list(range(first.config.num_hidden_layers))
+    assert same(begun.state_dict(), Transformer(first.config).initialize(torch.Generator().manual_seed(0)).state_dict())
 
 
 def test_hard_weight_1_is_plain_training_bit_for_bit(teacher, data, tmp_path):

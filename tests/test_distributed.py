@@ -7,7 +7,8 @@ import torch
 import train
 from data import UserError, machine
 from data.prepare import prepare
-from data.runs import Log, read_log, read_state
+from data.log import Log, read_log
+from data.runs import read_state
 from model import load
 
 from test_train import ROOT, equal, state, steps
@@ -22,7 +23,7 @@ sys.path.insert(0, sys.argv[1])
 import train
 from data import UserError, machine
 from data.console import run
-from data.runs import Log
+from data.log import Log
 folder, rank = sys.argv[2], os.environ["RANK"]
 open(f"{folder}/{rank}.pid", "w").write(str(os.getpid()))
 jobs, write, stop = json.load(open(f"{folder}/jobs.json")), Log.write, 0

@@ -11,12 +11,11 @@ from data import UserError, machine
 from data.console import run, sentence
 from data.files import reading
 from data.prepare import prepare
-from data.runs import read_log
+from data.log import read_log
 
 if os.name != "posix":
     pytest.skip("forks, signals and file modes of POSIX", allow_module_level=True)
 import breaking
-from data.runs import read_log
 
 ROOT = Path(train.__file__).parent
 

@@ -8,7 +8,8 @@ import sample, train
 from data import machine as machine_module, runs, schedule
 from data.loader import Windows
 from data.machine import Machine, Threads, halvings
-from data.runs import Log, read_log, read_state
+from data.log import Log, read_log
+from data.runs import read_state
 from model import Config, Transformer, load
 
 from test_train import ROOT, TINY, data, examples, go  # noqa: F401: fixtures

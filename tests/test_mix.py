@@ -11,7 +11,8 @@ from data.checkpoints import find_model
 from data.loader import IGNORE, Windows
 from data.mixture import Mixture, Part
 from data.report import mark_readings, training_curve, validation_curves
-from data.runs import Log, read_log, read_state
+from data.log import Log, read_log
+from data.runs import read_state
 from data.prepare import prepare
 from data.schedule import Trend
 from data.tokenizer import Tokenizer

@@ -12,9 +12,10 @@ from data.checkpoints import find_model
 from data.loader import IGNORE, LEARNED, Batch, Windows
 from data.machine import Machine
 from data.prepare import prepare
-from data.runs import Log, read_log, read_state
+from data.log import Log, read_log
+from data.runs import read_state
 from model import Config, Transformer, load
-from data.schedule import is_due, is_falling, new_origin, plan
+from data.schedule import is_due, is_falling, new_origin, plan, regularization
 
 ROOT = Path(train.__file__).parent
 TINY = "--layers 2 --width 32 --heads 2 --context 32 --batch-size 4 --warmup 3 --evals 2 --eval-tokens 512 --save-seconds 1e9 --device cpu".split()
@@ -39,7 +40,7 @@ def steps(out):
 
 def state(out):
     s = read_state(out)
-    return s["optimizers"], load(Path(out) / "last").state_dict()
+    return s["optimizers"], s["average"], load(Path(out) / "last").state_dict()
 
 
 def equal(a, b):
@@ -174,12 +175,65 @@ def test_windows_of_examples_hold_every_example_once(examples):
     assert len(w.pieces) == w.meta["splits"]["train"]["documents"]
 
 
+# --- little text ---
+
+def test_weight_decay_takes_the_same_share_of_every_matrix_and_nothing_of_vectors():
+    cfg = train.TrainConfig()
+    model = Transformer(Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                               num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=8))
+    model.initialize(torch.Generator().manual_seed(0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizers = train.make_optimizers(model, None, cfg)
+    train.regularize(model, optimizers, 0.01, 0.25)
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, before[name] * (0.99 if p.ndim > 1 else 1), rtol=1e-6), name
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
+
+
+def test_the_average_is_a_moving_one_and_in_place_only_in_its_context():
+    model, expected, random = torch.nn.Linear(3, 2), None, torch.Generator().manual_seed(0)
+    average = train.Average(model)
+    for step in range(1, 8):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(2, 3, generator=random))
+        average.update(4)
+        rate = 1 / min(4, step)                                  # the plain mean of the first four, then a moving one
+        expected = model.weight.detach() * rate + (0 if step == 1 else (1 - rate) * expected)
+    last = model.weight.detach().clone()
+    with average.in_place():
+        assert torch.allclose(model.weight, expected, atol=1e-6)
+    assert torch.equal(model.weight, last) and torch.allclose(average.weights[0], expected, atol=1e-6)
+    average.update(0)
+    assert average.weights == []
+
+
+def test_best_holds_the_averaged_weights_that_were_evaluated(whole_run):
+    best, last = load(whole_run / "best").state_dict(), load(whole_run / "last").state_dict()
+    averaged = read_state(whole_run)["average"]
+    assert all(torch.equal(t, best[name]) for (name, _), t in zip(load(whole_run / "last").named_parameters(), averaged))
+    assert not equal(best, last)
+
+
+def test_a_text_read_at_most_once_is_learned_as_ever_and_one_read_often_is_not(data, tmp_path, capsys):
+    rule = lambda times, **flags: regularization(times, 100, train.TrainConfig(**flags))
+    assert rule(0) == rule(1.0) == (0, 0, 0) and all(rule(3.0))
+    assert rule(3.0, init_from="out")[0] == 0                    # fine-tuning: nothing pulls the weights to zero
+    assert rule(3.0, weight_decay=0.0, dropout=0.0, average=0) == (0, 0, 0)
+    assert rule(0, weight_decay=0.5, dropout=0.2, average=7) == pytest.approx((0.01, 0.2, 7))
+    go(data, tmp_path / "run", "--steps", 400, "--eval-tokens", 32, "--batch-size", 2)
+    assert "times; weight decay" in capsys.readouterr().out
+
+
 # --- runs ---
 
 @pytest.fixture(scope="session")
 def whole_run(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    go(data, out, "--steps", 12, "--dropout", 0.1, "--micro-batch", 2)
+    go(data, out, "--steps", 12, "--dropout", 0.1, "--average", 3, "--micro-batch", 2)
     return out
 
 
@@ -193,7 +247,7 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(data, whole_run, tmp_path, 
             signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(Log, "write", write)
     with pytest.raises(KeyboardInterrupt):
-        go(data, tmp_path / "run", "--steps", 12, "--dropout", 0.1, "--micro-batch", 2)
+        go(data, tmp_path / "run", "--steps", 12, "--dropout", 0.1, "--average", 3, "--micro-batch", 2)
     monkeypatch.undo()
     assert read_state(tmp_path / "run")["step"] == stop
     train.main(["--out", str(tmp_path / "run"), "--resume"])
@@ -202,7 +256,7 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(data, whole_run, tmp_path, 
 
 
 def test_evaluation_does_not_change_training(data, whole_run, tmp_path):
-    go(data, tmp_path / "run", "--steps", 12, "--dropout", 0.1, "--micro-batch", 2, "--evals", 6)
+    go(data, tmp_path / "run", "--steps", 12, "--dropout", 0.1, "--average", 3, "--micro-batch", 2, "--evals", 6)
     assert [s for s in steps(tmp_path / "run") if "loss" in s] == [s for s in steps(whole_run) if "loss" in s]
 
 
@@ -210,7 +264,7 @@ def close_runs(a, b, tolerance=1e-4):
     """Weights and losses of two runs that differ only in the order of float32 sums."""
     for x, y in zip(steps(a), steps(b)):
         assert abs(x.get("loss", 0) - y.get("loss", 0)) < tolerance
-    for (k, x), y in zip(state(a)[1].items(), state(b)[1].values()):
+    for (k, x), y in zip(state(a)[2].items(), state(b)[2].values()):
         assert (x - y).abs().max() <= tolerance * max(1, y.abs().max()), k
 
 
@@ -236,7 +290,7 @@ def command(*arguments, **options):
 
 def test_checkpointed_activations_change_nothing_but_memory(data, whole_run, tmp_path):
     """Bit for bit, dropout included."""
-    go(data, tmp_path / "run", "--steps", 12, "--dropout", 0.1, "--micro-batch", 2, "--checkpoint-activations")
+    go(data, tmp_path / "run", "--steps", 12, "--dropout", 0.1, "--average", 3, "--micro-batch", 2, "--checkpoint-activations")
     assert steps(tmp_path / "run") == steps(whole_run) and equal(state(tmp_path / "run"), state(whole_run))
     model, kept, ids = load(whole_run).train(), [], torch.zeros(4, 32, dtype=torch.long)
     for model.model.checkpoint in (False, True):
@@ -276,7 +330,7 @@ def test_the_directory_opens_in_transformers_with_equal_logits(data, whole_run):
 def test_killed_at_random_moments_it_always_resumes(data, whole_run, tmp_path):
     """kill -9, saves included: --resume ends with the weights of the uninterrupted run."""
     out, rng, kills = tmp_path / "run", random.Random(0), 0
-    flags = ["train.py", "--data", data, "--out", out, *TINY, "--steps", 12, "--dropout", 0.1, "--micro-batch", 2, "--save-seconds", 0]
+    flags = ["train.py", "--data", data, "--out", out, *TINY, "--steps", 12, "--dropout", 0.1, "--average", 3, "--micro-batch", 2, "--save-seconds", 0]
     while True:
         p = subprocess.Popen([sys.executable, *map(str, flags), "--resume"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
