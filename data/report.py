@@ -299,8 +299,8 @@ def tradeoff(rows, out):
     above, losses = [loss > ceiling > exact[0] for loss in exact], [min(loss, max(ceiling, exact[0])) for loss in exact]
     pad = max(0.1 * (max(losses) - min(losses)), 0.005 * max(losses))          # smaller differences should look small
     for ax, label, costs, sign in (
-            (axes[0], "file (MB): smaller is to the left", [row["file_bytes"] / 1e6 for row in rows], 1),
-            (axes[1], f"decoding (x {rows[0]['name']}): faster is to the right", [row["decode_x"] for row in rows], -1)):
+            (axes[0], "file (MB): smaller to the left", [row["file_bytes"] / 1e6 for row in rows], 1),
+            (axes[1], f"decoding (x {rows[0]['name']}): faster to the right", [row["decode_x"] for row in rows], -1)):
         best = front((sign * cost, loss) for cost, loss in zip(costs, losses))
         ax.step([sign * x for x, _ in best], [y for _, y in best], where="post", color="0.7", zorder=1,
                 label="best for the cost")

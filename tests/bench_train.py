@@ -361,7 +361,7 @@ def scale(args):
             prepare(args.data, vocab_size=vocab, out=data)
         width, layers = map(int, shape.split("x"))
         print(f"training {folder.name}", flush=True)
-        command(ROOT, ROOT / "train.py", *args.flags.split(), data=data, out=folder, layers=layers, width=width,
+        command(ROOT, ROOT / "train.py", *args.flags.split(), smoke=args.smoke or None, data=data, out=folder, layers=layers, width=width,
                 minutes=minutes, overwrite=True)
     rows = finished(out)
     if not any(row[3] <= 66 * args.fit_minutes for row in rows.values()):               # a budget is met to about 10 %
@@ -411,8 +411,11 @@ def main(argv=None):
     add("--fit-minutes", type=float, default=math.inf, help="scale: fit shorter runs only, and predict the longer ones")
     add("--vocab", nargs="+", type=int, default=[0], help="scale: prepare the corpus with each size (0: as it is)")
     add("--out", default="out-scale", help="scale: where the runs are kept")
+    add("--smoke", action="store_true", help="scale: one run of a few steps: does it work?")
     add("--flags", default="", help="scale: more flags for train.py, in one string")
     args = parser.parse_args(argv)
+    if args.smoke:
+        args.shapes, args.minutes = args.shapes[:1], args.minutes[:1]
     for shape in args.shapes:
         if shape not in SHAPES and (args.what == "throughput" or not re.fullmatch(r"\d+x\d+", shape)):
             parser.error(f"--shapes {shape}: throughput has {', '.join(SHAPES)}, scale WIDTHxLAYERS, such as 128x4")

@@ -16,7 +16,6 @@ from data.runs import read_log
 if os.name != "posix":
     pytest.skip("forks, signals and file modes of POSIX", allow_module_level=True)
 import breaking
-from data.runs import read_log
 
 ROOT = Path(train.__file__).parent
 

@@ -11,7 +11,7 @@ from data.machine import Machine, Threads, halvings
 from data.runs import Log, read_log, read_state
 from model import Config, Transformer, load
 
-from test_train import ROOT, TINY, data, examples, go  # noqa: F401: fixtures
+from test_train import ROOT, TINY, data, examples, go  # noqa: F401 - fixtures
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""The README as a stranger follows it: every command in it runs, in order, in a fresh copy; and what the house promises."""
-import importlib.util, json, os, re, shutil, subprocess, sys
+"""The pages as a stranger follows them: their commands run, in order, in a fresh copy; and what the house promises."""
+import importlib.util, json, os, re, shlex, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,15 +9,22 @@ from data.tokenizer import Tokenizer
 from model import Config, Transformer, save
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8")
+         for name in ("README.md", "data/README.md", "tests/FIGURES.md", "tests/SPECIALIST.md", "tests/COURSE.md", ".github/CONTRIBUTING.md")}
+README = PAGES["README.md"]
 SCRIPTS = [p.name for p in sorted(ROOT.glob("*.py"))]
 
 
 def commands(chapter):
-    """The lines of its ```bash blocks that run one of our scripts."""
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", chapter, re.S)).replace("\\\n", " ").splitlines()
-    lines = [line.split(" # ")[0].rsplit("&& ", 1)[-1].strip() for line in lines]
-    return [line for line in lines if ".py" in line and ("gguf" not in line or importlib.util.find_spec("gguf"))]
+    """The lines of its ```bash blocks that run one of our scripts, and its ```python blocks that import one, in order."""
+    found = []
+    for kind, block in re.findall(r"```(bash|python)\n(.*?)```", chapter, re.S):
+        if kind == "python":
+            found += [block] * ("import " in block)
+            continue
+        lines = [line.split(" # ")[0].rsplit("&& ", 1)[-1].strip() for line in block.replace("\\\n", " ").splitlines()]
+        found += [line for line in lines if ".py" in line and ("gguf" not in line or importlib.util.find_spec("gguf"))]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +32,7 @@ def copy(tmp_path_factory):
     """The tracked files, and what the README's reader has: notes/, faq.jsonl, medquad.jsonl, a general model in smollm2/."""
     root = tmp_path_factory.mktemp("clone") / "repo"
     root.mkdir()
-    for item in [*SCRIPTS, "README.md", "data", "tests"]:
+    for item in [*SCRIPTS, "README.md", "data", "tests"]:                    # without folders: no prepared data, no pictures
         source = ROOT / item
         shutil.copytree(source, root / item, ignore=lambda d, names: [n for n in names if (Path(d) / n).is_dir()]) if source.is_dir() \
             else shutil.copy(source, root / item)
@@ -51,17 +58,71 @@ def test_every_command_runs(copy, environment):
     def follow(chapter):
         for line in commands(chapter):
             # python and torchrun of this environment; a smoke run of each
-            line = line.replace("torchrun", "python -m torch.distributed.run").replace("python ", f"{sys.executable} ") + " --smoke"
-            line = re.sub(r"--nproc_per_node \d+", "--nproc_per_node 2", line)
-            r = subprocess.run(line, shell=True, cwd=copy, env=environment, capture_output=True, text=True, encoding="utf-8",
+            short = line.replace("torchrun", "python -m torch.distributed.run").replace("python ", f"{sys.executable} ") + " --smoke"
+            short = re.sub(r"--nproc_per_node \d+", "--nproc_per_node 2", short)
+            how = dict(args=short, shell=True) if line.startswith(("python", "torchrun")) else dict(args=[sys.executable, "-c", line])
+            r = subprocess.run(**how, cwd=copy, env=environment, capture_output=True, text=True, encoding="utf-8",
                                timeout=120, stdin=subprocess.DEVNULL)
             assert r.returncode == 0, f"{line}\n{r.stdout}\n{r.stderr}"
 
     first, *chapters = README.split("\n## ")
-    assert commands(first) and len(commands(README)) >= 30
+    _, *labs = PAGES["tests/COURSE.md"].split("\n## ")
+    assert commands(first) and len(commands(README)) >= 15 and len(labs) == 8 and all(map(commands, labs))
     follow(first)                                       # makes `out`, all that a chapter needs of those before it
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(follow, chapters))
+        list(pool.map(follow, [*chapters, PAGES["tests/SPECIALIST.md"], PAGES["data/README.md"], "\n".join(labs)]))
+
+
+@pytest.mark.parametrize("page", ["tests/FIGURES.md", ".github/CONTRIBUTING.md"])
+def test_every_flag_of_a_long_command_exists(page, environment):
+    """Commands that take minutes are not run: their scripts and flags are looked up in --help."""
+    lines, known = [line for line in commands(PAGES[page]) if line.startswith("python ")], {}
+    assert lines
+    for line in lines:
+        script, *words = shlex.split(line)[1:]
+        if script == "-m":
+            continue
+        if script not in known:
+            r = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
+            assert r.returncode == 0, r.stderr
+            known[script] = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", r.stdout))
+        used = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert used <= known[script], (line, used - known[script])
+
+
+def test_links_lead_somewhere():
+    for page, text in PAGES.items():
+        targets = [t for t in re.findall(r"\]\(([^)#\s]+)", text) if not t.startswith("http")]
+        assert all((ROOT / page).parent.joinpath(target).exists() for target in targets), (page, targets)
+
+
+def test_a_figure_stands_on_one_page():
+    """Numbers of three decimals or more, and those of five digits, are measured: a second place would grow old."""
+    places = {}
+    for page in ("README.md", "tests/FIGURES.md", "tests/SPECIALIST.md", "tests/COURSE.md"):
+        for number in set(re.findall(r"(?<![\d.,])\d+\.\d{3,}(?![\d.])|(?<![\d.,])\d{2,3}(?:,\d{3})+(?![\d,])", PAGES[page])):
+            places.setdefault(number, []).append(page)
+    assert not {number: pages for number, pages in places.items() if len(pages) > 1}
+
+
+def test_the_readme_is_a_front_door():
+    numbers = len(re.findall("[0-9][0-9.,]*", README))
+    assert len(README.splitlines()) <= 200 and numbers <= 150 and README.count("![") <= 5 and README.count("\n\n|") <= 3
+    for script, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M):
+        true = len((ROOT / script).read_text(encoding="utf-8").splitlines())
+        assert abs(int(lines) - true) < 0.1 * true, (script, true)
+
+
+def test_pictures_are_what_their_commands_draw(tmp_path, environment):
+    """Each picture of a page is named with its command, is small, and is drawn from the tables that stand there now."""
+    pytest.importorskip("matplotlib")
+    shown = {name for text in PAGES.values() for name in re.findall(r"figures/(\w+)\.png\)", text)}
+    assert sum(p.stat().st_size for p in (ROOT / "tests/figures").glob("*.png")) < 600_000
+    subprocess.run([sys.executable, "tests/bench_figures.py", "all", "--out", tmp_path], cwd=ROOT, env=environment, check=True)
+    drawn = {p.stem for p in tmp_path.glob("*.png")}
+    assert shown == {p.stem for p in (ROOT / "tests/figures").glob("*.png")} and drawn == shown - {"loss", "readings"}
+    commands = {"tradeoff": "sweep"}
+    assert all(f"bench_figures.py {commands.get(name, name)}" in PAGES["tests/FIGURES.md"] + PAGES["tests/SPECIALIST.md"] for name in shown)
 
 
 def test_the_written_directory_is_complete_and_names_no_path(copy):
