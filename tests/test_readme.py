@@ -1,5 +1,5 @@
 """The pages as a stranger follows them: their commands run, in order, in a fresh copy; and what the house promises."""
-import importlib.util, json, os, re, shlex, shutil, subprocess, sys
+import functools, importlib.util, json, os, re, shlex, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,19 +49,22 @@ def copy(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def environment():
-    return {**os.environ, "PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "error::EncodingWarning:__main__", "WANDB_MODE": "offline"}
+ENVIRONMENT = {**os.environ, "PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "error::EncodingWarning:__main__", "WANDB_MODE": "offline"}
 
 
-def test_every_command_runs(copy, environment):
+@functools.lru_cache
+def help_of(script):
+    return subprocess.run([sys.executable, script, "--help"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_every_command_runs(copy):
     def follow(chapter):
         for line in commands(chapter):
             # python and torchrun of this environment; a smoke run of each
             short = line.replace("torchrun", "python -m torch.distributed.run").replace("python ", f"{sys.executable} ") + " --smoke"
             short = re.sub(r"--nproc_per_node \d+", "--nproc_per_node 2", short)
             how = dict(args=short, shell=True) if line.startswith(("python", "torchrun")) else dict(args=[sys.executable, "-c", line])
-            r = subprocess.run(**how, cwd=copy, env=environment, capture_output=True, text=True, encoding="utf-8",
+            r = subprocess.run(**how, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8",
                                timeout=120, stdin=subprocess.DEVNULL)
             assert r.returncode == 0, f"{line}\n{r.stdout}\n{r.stderr}"
 
@@ -74,20 +77,17 @@ def test_every_command_runs(copy, environment):
 
 
 @pytest.mark.parametrize("page", ["tests/FIGURES.md", ".github/CONTRIBUTING.md"])
-def test_every_flag_of_a_long_command_exists(page, environment):
-    """Commands that take minutes are not run: their scripts and flags are looked up in --help."""
-    lines, known = [line for line in commands(PAGES[page]) if line.startswith("python ")], {}
+def test_every_flag_of_a_long_command_exists(page):
+    """Commands that take minutes are not run: their scripts and flags are looked up in --help, or in the bench."""
+    lines = [line for line in commands(PAGES[page]) if line.startswith("python ")]
     assert lines
     for line in lines:
         script, *words = shlex.split(line)[1:]
         if script == "-m":
             continue
-        if script not in known:
-            r = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
-            assert r.returncode == 0, r.stderr
-            known[script] = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", r.stdout))
-        used = {word.split("=")[0] for word in words if word.startswith("--")}
-        assert used <= known[script], (line, used - known[script])
+        text = (ROOT / script).read_text(encoding="utf-8") if script.startswith("tests/") else help_of(script).stdout
+        used = {word for word in words if re.fullmatch(r"--[a-z][\w-]*", word)}
+        assert used <= set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)), line
 
 
 def test_links_lead_somewhere():
@@ -113,12 +113,12 @@ def test_the_readme_is_a_front_door():
         assert abs(int(lines) - true) < 0.1 * true, (script, true)
 
 
-def test_pictures_are_what_their_commands_draw(tmp_path, environment):
+def test_pictures_are_what_their_commands_draw(tmp_path):
     """Each picture of a page is named with its command, is small, and is drawn from the tables that stand there now."""
     pytest.importorskip("matplotlib")
     shown = {name for text in PAGES.values() for name in re.findall(r"figures/(\w+)\.png\)", text)}
     assert sum(p.stat().st_size for p in (ROOT / "tests/figures").glob("*.png")) < 600_000
-    subprocess.run([sys.executable, "tests/bench_figures.py", "all", "--out", tmp_path], cwd=ROOT, env=environment, check=True)
+    subprocess.run([sys.executable, "tests/bench_figures.py", "all", "--out", tmp_path], cwd=ROOT, env=ENVIRONMENT, check=True)
     drawn = {p.stem for p in tmp_path.glob("*.png")}
     assert shown == {p.stem for p in (ROOT / "tests/figures").glob("*.png")} and drawn == shown - {"loss", "readings"}
     commands = {"tradeoff": "sweep"}
@@ -135,8 +135,8 @@ def test_the_written_directory_is_complete_and_names_no_path(copy):
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "data/prepare.py", "data/measure.py"])
-def test_help_and_smoke_exist(script, environment):
-    r = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
+def test_help_and_smoke_exist(script):
+    r = help_of(script)
     assert script == "model.py" or (r.returncode == 0 and "--smoke" in r.stdout)
 
 
