@@ -356,7 +356,7 @@ def scale(args):
         folder = out / f"{shape}-{vocab or Path(args.data).name}-{minutes:g}min"
         if folder.name in finished(out):
             continue
-        data = out / f"data-{vocab}" if vocab else find(args.data) or prepare(args.data)
+        data = out / f"data-{vocab}" if vocab else find(args.data, args.smoke) or prepare(args.data, smoke=args.smoke)
         if not (data / "meta.json").exists():
             prepare(args.data, vocab_size=vocab, out=data)
         width, layers = map(int, shape.split("x"))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import bench_figures
+from data import UserError
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, save
 
@@ -121,9 +123,9 @@ def test_pictures_are_what_their_commands_draw(tmp_path):
     pytest.importorskip("matplotlib")
     shown = {name for text in PAGES.values() for name in re.findall(r"figures/(\w+)\.png\)", text)}
     assert sum(p.stat().st_size for p in (ROOT / "tests/figures").glob("*.png")) < 600_000
-    subprocess.run([sys.executable, "tests/bench_figures.py", "all", "--out", tmp_path], cwd=ROOT, env=ENVIRONMENT, check=True)
-    drawn = {p.stem for p in tmp_path.glob("*.png")}
-    assert shown == {p.stem for p in (ROOT / "tests/figures").glob("*.png")} and drawn == shown - {"loss", "readings"}
+    bench_figures.main(["all", "--out", str(tmp_path)])
+    assert {p.stem for p in tmp_path.glob("*.png")} == shown - {"loss", "readings"}
+    assert shown == {p.stem for p in (ROOT / "tests/figures").glob("*.png")}
     commands = {"tradeoff": "sweep"}
     assert all(f"bench_figures.py {commands.get(name, name)}" in PAGES["tests/FIGURES.md"] + PAGES["tests/SPECIALIST.md"] for name in shown)
 
@@ -135,6 +137,23 @@ def test_the_written_directory_is_complete_and_names_no_path(copy):
     text = "".join((best / n).read_text(encoding="utf-8") for n in ("config.json", "README.md", "tokenizer_config.json"))
     assert str(copy) not in text and "val_bits_per_byte" in text
     assert (copy / "out" / "loss.png").stat().st_size > 5000
+
+
+def test_pictures_of_runs(tmp_path):
+    pytest.importorskip("matplotlib")
+    line = dict(tokens=0, seconds=1.0)
+    log = [{**line, "step": n, "tokens": 8 * n, "loss": 3.0 / n} for n in range(1, 9)]
+    log += [{**line, "step": n, "tokens": 8 * n, "val_loss": 3.0 / n, "val_bits_per_byte": 4.0 / n, "times_read": n / 2} for n in (4, 8)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+    out = ["--out", str(tmp_path / "drawn")]
+    bench_figures.main(["loss", str(tmp_path / "run"), *out])
+    bench_figures.main(["readings", f"old={tmp_path / 'run'}", f"new={tmp_path / 'run'}", *out])
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["loss.png", "readings.png"]
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log[:8]), encoding="utf-8")
+    with pytest.raises(UserError, match="no evaluation that says how often the text was read"):
+        bench_figures.main(["readings", str(tmp_path / "run"), *out])
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "data/prepare.py", "data/measure.py"])
