@@ -284,6 +284,16 @@ def front(points):
     return result
 
 
+def mark_model(ax, i, point, name, above=None):
+    """Draws the i-th model at a point: a number in a mark. above: a loss that is beyond the edge."""
+    style = dict(color=BLUE, marker="o") if i else dict(color=ORANGE, marker="s")                # the baseline
+    label = f"{i} {name}" if above is None else f"{i} {name} ({above:.3f})"
+    style |= {} if above is None else dict(marker="^")
+    ax.scatter(*point, s=190 if above is None else 280, zorder=2 + i, edgecolor="white", label=label, **style)
+    ax.annotate(str(i), point, ha="center", va="center", fontsize=10, weight="bold", color="white" if i else "black",
+                zorder=2 + i)
+
+
 def tradeoff(rows, out):
     """Draws tradeoff.png; returns whether it could. A point is a number, the legend has the names.
 
@@ -296,7 +306,7 @@ def tradeoff(rows, out):
         return False
     exact = [row["bits_per_byte"] for row in rows]
     ceiling = exact[0] + 4 * statistics.median(abs(loss - exact[0]) for loss in exact[1:])
-    above, losses = [loss > ceiling > exact[0] for loss in exact], [min(loss, max(ceiling, exact[0])) for loss in exact]
+    losses = [min(loss, ceiling) if ceiling > exact[0] else loss for loss in exact]
     pad = max(0.1 * (max(losses) - min(losses)), 0.005 * max(losses))          # smaller differences should look small
     for ax, label, costs, sign in (
             (axes[0], "file (MB): smaller to the left", [row["file_bytes"] / 1e6 for row in rows], 1),
@@ -305,12 +315,8 @@ def tradeoff(rows, out):
         ax.step([sign * x for x, _ in best], [y for _, y in best], where="post", color="0.7", zorder=1,
                 label="best for the cost")
         ax.axhline(losses[0], color=ORANGE, linestyle=":", zorder=0)                           # the baseline
-        for i, (row, cost, loss) in enumerate(zip(rows, costs, losses)):
-            ax.scatter(cost, loss, s=280 if above[i] else 190, color=BLUE if i else ORANGE, zorder=2 + i,
-                       marker="^" if above[i] else "o" if i else "s", edgecolor="white",
-                       label=f"{i} {row['name']}" + f" ({exact[i]:.3f})" * above[i])
-            ax.annotate(str(i), (cost, loss), ha="center", va="center", fontsize=10, weight="bold",
-                        color="white" if i else "black", zorder=2 + i)
+        for i, point in enumerate(zip(costs, losses)):
+            mark_model(ax, i, point, rows[i]["name"], exact[i] if exact[i] > losses[i] else None)
         ax.set(xlabel=label)
         ax.locator_params(axis="x", nbins=6)
         ax.set_xlim(0, 1.12 * max(costs))
