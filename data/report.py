@@ -25,13 +25,22 @@ def markdown(columns, rows, left=1):
     return "\n".join("| " + " | ".join(f(text, w) for f, text, w in zip(adjust, line, widths)) + " |" for line in lines)
 
 
-def new_figure(name, columns=1, size=(7, 4)):
+# Legible at half size: large text. Colours of Okabe and Ito (2008), which the colour-blind tell apart; as
+# a printer may know grey only, each curve has a marker or a dash of its own, too.
+STYLE = {"font.size": 13, "legend.fontsize": 11, "axes.titlesize": 13, "lines.linewidth": 2, "lines.markersize": 8,
+         "axes.spines.top": False, "axes.spines.right": False}
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.45"
+
+
+def new_figure(name, columns=1, size=(7, 4.2)):
     """(figure, axes or a row of axes); without matplotlib a sentence, and (None, None)."""
     try:
-        from matplotlib.figure import Figure                     # here: importing it takes a second
+        import matplotlib                                        # here: importing it takes a second
+        from matplotlib.figure import Figure
     except ImportError:
         print(f"{name} is skipped: matplotlib is not installed")
         return None, None
+    matplotlib.rcParams.update(STYLE)
     figure = Figure(figsize=size, layout="constrained")          # without pyplot: no display, nothing to close
     return figure, figure.subplots(1, columns, sharey=True)
 
@@ -81,20 +90,21 @@ def picture(out):
     (tokens, losses), validation = training_curve(lines), validation_curves(lines)
     n, label = max(1, len(losses) // 50), "training on all data" if len(validation) > 1 else "training"
     means = [statistics.fmean(losses[i:i + n]) for i in range(0, len(losses) - n + 1, n)]
-    ax.plot(tokens, losses, color="0.85", linewidth=0.8, label=f"{label}, a step")
+    ax.plot(tokens, losses, color="0.85", linewidth=0.6, label=f"{label}, a step")
     many = f"mean of {n} steps" if n > 1 else "every step"
-    ax.plot(tokens[n - 1::n], means, "--", color="0.35", linewidth=1.8, label=f"{label}, {many}")
+    ax.plot(tokens[n - 1::n], means, "--", color=GREY, label=f"{label}, {many}")
     for (name, points), style in zip(validation.items(), ("o-", "s:", "^:", "D:", "v:")):
-        ax.plot(*points, style, color="tab:blue", label=name)
+        ax.plot(*points, style, color=BLUE, label=name)
     mark_readings(ax, [l for l in lines if "val_loss" in l][-1], tokens)
     # The first steps of a new model would press the rest into a line.
     shown = means[min(2, len(means) - 1):] + [loss for points in validation.values() for loss in points[1]]
     room = 0.1 * (max(shown) - min(shown)) + 0.01
     ax.set_ylim(max(0, min(shown) - room), max(shown) + room)
     ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.locator_params(axis="x", nbins=5)
     ax.set(xlabel="tokens learned", ylabel="loss (bits per byte)",
-           title=f"{out.name}: {min(validation['validation'][1]):.3f} bits per byte at best")
-    figure.legend(loc="outside lower center", ncols=2 if len(validation) > 1 else 3)
+           title=f"{out.name}: {min(validation['validation'][1]):.3f} at best")
+    figure.legend(loc="outside lower center", ncols=2)
     ax.grid(axis="y", alpha=0.3)
     save_figure(figure, out / "loss.png")
 
@@ -142,19 +152,19 @@ def write_distillation(rows, cfg, cached):
     figure, ax = new_figure("report.png")
     if not figure:
         return
-    for name, run, later, color in (("teacher", find_model(cfg.teacher).parent, 0, "0.6"),
-                                    ("student", out, cached, "tab:blue"),
-                                    ("control", out / "control", 0, "tab:orange")):
+    for name, run, later, style, color in (("teacher", find_model(cfg.teacher).parent, 0, "s:", GREY),
+                                           ("student", out, cached, "o-", BLUE),
+                                           ("control", out / "control", 0, "^--", ORANGE)):
         if name not in rows:
             continue
         label = f"{name}: {rows[name]['bits_per_byte']:.3f}"
         points = [(later + line["seconds"], line["val_bits_per_byte"]) for line in read_log(run / "log.jsonl")
                   if "val_bits_per_byte" in line]
         if points:
-            ax.plot(*zip(*points), "o-", color=color, label=label)
+            ax.plot(*zip(*points), style, color=color, label=label)
         else:
-            ax.axhline(rows[name]["bits_per_byte"], color=color, label=label)
-    ax.set(xlabel="seconds of training, evaluation and teacher", ylabel="validation, bits per byte", title=out.name)
+            ax.axhline(rows[name]["bits_per_byte"], color=color, linestyle=":", label=label)
+    ax.set(xlabel="time of training, evaluation and teacher (s)", ylabel="validation (bits per byte)")
     ax.legend()
     ax.grid(alpha=0.3)
     save_figure(figure, out / "report.png")
@@ -274,35 +284,47 @@ def front(points):
     return result
 
 
+def mark_model(ax, i, point, name, above=None):
+    """Draws the i-th model at a point: a number in a mark. above: a loss that is beyond the edge."""
+    style = dict(color=BLUE, marker="o") if i else dict(color=ORANGE, marker="s")                # the baseline
+    label = f"{i} {name}" if above is None else f"{i} {name} ({above:.3f})"
+    style |= {} if above is None else dict(marker="^")
+    ax.scatter(*point, s=190 if above is None else 280, zorder=2 + i, edgecolor="white", label=label, **style)
+    ax.annotate(str(i), point, ha="center", va="center", fontsize=10, weight="bold", color="white" if i else "black",
+                zorder=2 + i)
+
+
 def tradeoff(rows, out):
     """Draws tradeoff.png; returns whether it could. A point is a number, the legend has the names.
 
     Left: bits per byte against bytes of the file, right: against decoding speed. The grey line is
-    the Pareto front.
+    the Pareto front. A model far above the others is a triangle at the upper edge, so that the
+    others keep apart.
     """
-    figure, axes = new_figure("tradeoff.png", 2, (10, 4.8))
+    figure, axes = new_figure("tradeoff.png", 2, (10, 4.6 + 0.08 * len(rows)))
     if not figure:
         return False
-    losses = [row["bits_per_byte"] for row in rows]
+    exact = [row["bits_per_byte"] for row in rows]
+    ceiling = exact[0] + 4 * statistics.median(abs(loss - exact[0]) for loss in exact[1:])
+    losses = [min(loss, ceiling) if ceiling > exact[0] else loss for loss in exact]
     pad = max(0.1 * (max(losses) - min(losses)), 0.005 * max(losses))          # smaller differences should look small
     for ax, label, costs, sign in (
-            (axes[0], "file, MB: smaller is to the left", [row["file_bytes"] / 1e6 for row in rows], 1),
-            (axes[1], f"decode, x {rows[0]['name']}: faster is to the right", [row["decode_x"] for row in rows], -1)):
+            (axes[0], "file (MB): smaller to the left", [row["file_bytes"] / 1e6 for row in rows], 1),
+            (axes[1], f"decoding (x {rows[0]['name']}): faster to the right", [row["decode_x"] for row in rows], -1)):
         best = front((sign * cost, loss) for cost, loss in zip(costs, losses))
         ax.step([sign * x for x, _ in best], [y for _, y in best], where="post", color="0.7", zorder=1,
                 label="best for the cost")
-        ax.axhline(losses[0], color="tab:orange", linestyle=":", linewidth=1, zorder=0)        # the baseline
-        for i, (row, cost, loss) in enumerate(zip(rows, costs, losses)):
-            ax.scatter(cost, loss, s=130, color="tab:blue" if i else "tab:orange", zorder=2,
-                       edgecolor="white", label=f"{i} {row['name']}")
-            ax.annotate(str(i), (cost, loss), ha="center", va="center", fontsize=7, color="white", zorder=3)
+        ax.axhline(losses[0], color=ORANGE, linestyle=":", zorder=0)                           # the baseline
+        for i, point in enumerate(zip(costs, losses)):
+            mark_model(ax, i, point, rows[i]["name"], exact[i] if exact[i] > losses[i] else None)
         ax.set(xlabel=label)
+        ax.locator_params(axis="x", nbins=6)
         ax.set_xlim(0, 1.12 * max(costs))
         ax.set_ylim(min(losses) - pad, max(losses) + pad)
         ax.ticklabel_format(axis="y", useOffset=False)
         ax.grid(alpha=0.3)
     axes[0].set(ylabel="bits per byte (lower is better)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=10, ncols=3)
     save_figure(figure, out / "tradeoff.png")
     return True
 

@@ -13,7 +13,7 @@ throughput: forward, backward, clipping and optimizer at one shape, each side in
 scale: train.py for fixed times on each shape. Runs are kept in --out and not run again; all that are there count, but
 those longer than --fit-minutes are not fitted: there the fitted value is a prediction.
 epochs: train.py on little text that it reads several times: with what train.py does then by itself (all), with nothing
-of it (none), without one part of it, or with flags of your own in quotes. A picture shows the loss against readings.
+of it (none), without one part of it, or with flags of your own in quotes. `bench_figures.py readings` draws the runs.
 """
 import collections, contextlib, functools, importlib.util, io, itertools, json, math, os, pickle, re, shutil
 import statistics, subprocess, sys, tempfile, time
@@ -34,7 +34,6 @@ from data.loader import IGNORE, Batch, Windows
 from data.machine import Machine, in_dtype, matmul_rate, pick_device, synchronize
 from data.speed import memory_peak
 from data.prepare import find, prepare
-from data.report import new_figure, save_figure
 from data.log import read_log
 from data.runs import read_state
 from model import Config, Transformer, load
@@ -361,13 +360,13 @@ def scale(args):
         folder = out / f"{shape}-{vocab or Path(args.data).name}-{minutes:g}min"
         if folder.name in finished(out):
             continue
-        data = out / f"data-{vocab}" if vocab else find(args.data) or prepare(args.data)
+        data = out / f"data-{vocab}" if vocab else find(args.data, args.smoke) or prepare(args.data, smoke=args.smoke)
         if not (data / "meta.json").exists():
             prepare(args.data, vocab_size=vocab, out=data)
         width, layers = map(int, shape.split("x"))
         print(f"training {folder.name}", flush=True)
-        command(ROOT, ROOT / "train.py", *args.flags.split(), data=data, out=folder, layers=layers, width=width,
-                minutes=minutes, overwrite=True)
+        command(ROOT, ROOT / "train.py", *args.flags.split(), smoke=args.smoke or None, data=data, out=folder,
+                layers=layers, width=width, minutes=minutes, overwrite=True)
     rows = finished(out)
     if not any(row[3] <= 66 * args.fit_minutes for row in rows.values()):               # a budget is met to about 10 %
         raise UserError(f"--out {out} holds no run that has ended in --fit-minutes: --shapes 128x4 makes one")
@@ -413,17 +412,6 @@ def epochs(args):
     print("|---|---:|---:|---:|")
     for (recipe, times), seeds in losses.items():
         print(f"| {recipe} | {times:g} | {' | '.join(spread(column) for column in zip(*seeds))} |")
-    figure, ax = new_figure("readings.png")
-    for recipe, style in zip(args.recipes, itertools.cycle(("o-", "s--", "^:", "D-.", "v-"))) if figure else ():
-        ends = [statistics.fmean(end for _, end in losses[recipe, times]) for times in args.readings]
-        ax.plot(args.readings, ends, style, label=recipe)
-    if figure:
-        ax.set(xscale="log", xticks=args.readings, xticklabels=[f"{times:g}" for times in args.readings],
-               xlabel="readings of the training text", ylabel="loss on held-out text at the end (bits per byte)")
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-        ax.legend()
-        save_figure(figure, out / "readings.png")
 
 
 def spread(values):
@@ -458,8 +446,11 @@ def main(argv=None):
     add("--fit-minutes", type=float, default=math.inf, help="scale: fit shorter runs only, and predict the longer ones")
     add("--vocab", nargs="+", type=int, default=[0], help="scale: prepare the corpus with each size (0: as it is)")
     add("--out", default="out-scale", help="scale, epochs: where the runs are kept")
+    add("--smoke", action="store_true", help="scale: one run of a few steps: does it work?")
     add("--flags", default="", help="scale, epochs: more flags for train.py, in one string")
     args = parser.parse_args(argv)
+    if args.smoke:
+        args.shapes, args.minutes = args.shapes[:1], args.minutes[:1]
     for shape in args.shapes:
         if shape not in SHAPES and (args.what == "throughput" or not re.fullmatch(r"\d+x\d+", shape)):
             parser.error(f"--shapes {shape}: throughput has {', '.join(SHAPES)}, scale WIDTHxLAYERS, such as 128x4")

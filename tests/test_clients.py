@@ -10,7 +10,7 @@ from data.loader import stream_batches
 from data.tokenizer import Tokenizer
 from model import load
 
-from test_train import data, whole_run  # noqa: F401: fixtures
+from test_train import data, whole_run  # noqa: F401 - fixtures
 
 transformers = pytest.importorskip("transformers")
 PROMPTS = ["w3 = f(3)\n", "w1"]

@@ -17,7 +17,7 @@ from data.structure import body_layers
 from model import LAYERS, Config, KVCache, Transformer, load
 
 from shared import ROOT
-from test_train import TINY, data  # noqa: F401: a fixture
+from test_train import TINY, data  # noqa: F401 - a fixture
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden by conftest.py: CUDA_VISIBLE_DEVICES=0")
 SHAPE = dict(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, head_dim=16,

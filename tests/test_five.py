@@ -1,5 +1,5 @@
-"""The five changes that forks make, as data/README.md describes them: each is a few edits of a copy of the tree, and works."""
-import os, shutil, subprocess, sys
+"""The five changes that forks make: each recipe of data/README.md is applied to a copy of the tree, and works."""
+import os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -16,15 +16,20 @@ def made(tmp_path_factory):
     return folder
 
 
-def fork(place, *edits):
-    """A copy of the tree with edits (file, text, what takes its place)."""
+def fork(place, number):
+    """A copy of the tree with the n-th ```diff of data/README.md applied: each part names a place that is there once."""
     shutil.copytree(ROOT, place, ignore=lambda folder, names: [
         name for name in names if name in (".git", "tests", "__pycache__") or name.startswith("out")
         or Path(folder, name).is_dir() and Path(folder).name == "data"])
-    for file, old, new in edits:
+    recipe = re.findall("```diff\n(.*?)```", (ROOT / "data/README.md").read_text(encoding="utf-8"), re.S)[number]
+    for file, hunks in re.findall(r"^--- (\S+)\n(.*?)(?=^--- |\Z)", recipe, re.S | re.M):
         text = (place / file).read_text(encoding="utf-8")
-        assert text.count(old) == 1, (file, old)
-        (place / file).write_text(text.replace(old, new), encoding="utf-8")
+        for hunk in re.split(r"^@@.*\n", hunks, flags=re.M):
+            old, new = ("".join(line[1:] or "\n" for line in hunk.splitlines(True) if line[0] not in other)
+                        for other in ("+", "-"))
+            assert text.count("\n" + old) == 1, (file, old)
+            text = text.replace("\n" + old, "\n" + new)
+        (place / file).write_text(text, encoding="utf-8")
     return place
 
 
@@ -36,16 +41,7 @@ def run(place, *argv, code=0):
 
 
 def test_an_output_gate(made, tmp_path):
-    place = fork(
-        tmp_path / "fork",
-        ("model.py", "    qkv_bias: bool = False\n", "    qkv_bias: bool = False\n    output_gate: bool = False\n"),
-        ("model.py", "        # Queries and keys of length", "        self.gate = nn.Linear(c.hidden_size, 1) if c.output_gate "
-         "else None\n        # Queries and keys of length"),
-        ("model.py", "        return self.o_proj(self.mix(x, rotary, mask, cache))\n",
-         "        y = self.o_proj(self.mix(x, rotary, mask, cache))\n"
-         "        return y if self.gate is None else y * self.gate(x).sigmoid()\n"),
-        ("train.py", "    tie: bool = False ", "    output_gate: bool = False       # a gate on what attention adds\n    tie: bool = False "),
-        ("train.py", "tie_word_embeddings=cfg.tie)", "tie_word_embeddings=cfg.tie, output_gate=cfg.output_gate)"))
+    place = fork(tmp_path / "fork", 0)
     run(place, "train.py", "--data", made / "data", "--out", "run", *breaking.TINY, "--output-gate")
     assert '"output_gate": true' in (place / "run/best/config.json").read_text(encoding="utf-8")
     run(place, "-c", """
@@ -69,52 +65,57 @@ assert (parts - model(ids)).norm() < 1e-4 * parts.norm() and model.config.output
 
 
 def test_a_pruning_criterion(made, tmp_path):
-    place = fork(
-        tmp_path / "fork",
-        ("compress.py", "def sparse_step(", "def alternate(weight, hessian, keep, drift=None, name=\"a layer\"):\n"
-         "    \"\"\"Zeros in every second column.\"\"\"\n    weight = weight.clone()\n    weight[:, ::2] = 0\n    return weight\n\n\ndef sparse_step("),
-        ("compress.py", "wanda=wanda, magnitude=magnitude)", "wanda=wanda, magnitude=magnitude, alternate=alternate)"))
+    place = fork(tmp_path / "fork", 2)
     run(place, "compress.py", made / "model", "sparse:0.5:alternate", "--out", "sparse")
     run(place, "-c", "from model import load\nw = load('sparse').model.layers[0].mlp.up_proj.weight\n"
         "assert (w[:, ::2] == 0).all() and (w[:, 1::2] != 0).all()")
 
 
 def test_a_distillation_loss(made, tmp_path):
-    place = fork(
-        tmp_path / "fork",
-        ("distill.py", "DIVERGENCES = {", "def skew_kl(log_p, log_q, beta):\n"
-         "    mixed = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))\n"
-         "    return (log_p.exp() * (log_p - mixed)).sum(1)\n\n\nDIVERGENCES = {\"skew\": skew_kl, "))
+    place = fork(tmp_path / "fork", 3)
     run(place, "distill.py", made / "model", "--data", made / "data", "--out", "student", "--student-layers", "1", "--loss", "skew",
         "--beta", "0.1", *breaking.TINY[6:])
     assert '"loss": "skew"' in (place / "student/best/config.json").read_text(encoding="utf-8")
 
 
 def test_an_optimizer(made, tmp_path):
-    place = fork(
-        tmp_path / "fork",
-        ("train.py", "def make_optimizers(", "class Lion(torch.optim.Optimizer):\n"
-         "    def __init__(self, params, lr):\n        super().__init__(params, dict(lr=lr))\n\n"
-         "    @torch.no_grad()\n    def step(self):\n        for group in self.param_groups:\n            for p in group['params']:\n"
-         "                if p.grad is not None:\n                    m = self.state[p].setdefault('momentum', torch.zeros_like(p))\n"
-         "                    p.add_(m.lerp(p.grad, 0.1).sign(), alpha=-group['lr'])\n                    m.lerp_(p.grad, 0.01)\n\n\n"
-         "def make_optimizers("),
-        ("train.py", '    if cfg.optimizer == "adamw":\n', '    if cfg.optimizer != "muon":\n'),
-        ("train.py", '    if cfg.optimizer == "muon" and matrices:\n', '    if cfg.optimizer == "lion":\n'
-         '        optimizers = [Lion([p for group in groups for p in group["params"]], cfg.lr)]\n'
-         '    if cfg.optimizer == "muon" and matrices:\n'),
-        ("train.py", 'optimizer=("muon", "adamw")', 'optimizer=("muon", "adamw", "lion")'))
+    place = fork(tmp_path / "fork", 4)
     flags = ["--data", made / "data", "--out", "run", *breaking.TINY, "--optimizer", "lion", "--lr", "0.001"]
     run(place, "train.py", *flags)
     assert "step 5 of 5" in run(place, "train.py", "--out", "run", "--resume", "--steps", "5")
 
 
 def test_a_step_of_a_chain(made, tmp_path):
-    place = fork(
-        tmp_path / "fork",
-        ("compress.py", "STEPS = {\n", "def scale_step(model, tokenizer, step, args):\n    with torch.no_grad():\n"
-         "        model.model.norm.weight *= float(step.value)\n    return model, tokenizer, {\"step\": step.name, \"keep\": step.value}\n\n\n"
-         "STEPS = {\n    \"scale\": Form(scale_step, (\"KEEP\",)),\n"))
+    place = fork(tmp_path / "fork", 1)
     run(place, "compress.py", made / "model", "scale:0.5", "int8", "--out", "scaled")
     assert '"step": "scale"' in (place / "scaled/config.json").read_text(encoding="utf-8")
     assert "scale is written scale:KEEP" in run(place, "compress.py", made / "model", "scale:2", "--out", "no", code=2)
+
+
+def test_a_source_of_text(tmp_path):
+    place = fork(tmp_path / "fork", 5)
+    folder = place / "data/downloads/poems"
+    folder.mkdir(parents=True)
+    for name, text in (("train.txt", "a rose is a rose\n" * 60), ("valid.txt", "is a rose a rose\n" * 20)):
+        (folder / name).write_text(text, encoding="utf-8")
+    said = run(place, "data/prepare.py", "poems", "--tokenizer", "bytes")
+    assert "wrote poems" in said and (place / "data/poems/val.bin").read_bytes()[::2].startswith(b"is a rose a rose")
+
+
+def test_a_family(tmp_path):
+    place = fork(tmp_path / "fork", 6)
+    run(place, "-c", """
+import torch
+from pathlib import Path
+from data.tokenizer import Tokenizer
+from model import Config, Transformer, load, save
+shape = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+             head_dim=16, max_position_embeddings=64)
+model, ids = Transformer(Config(model_type="llama", qk_norm=False, **shape)).initialize().eval(), torch.arange(20)[None]
+save(model, "starling", Tokenizer.from_bytes())
+file = Path("starling/config.json")
+file.write_text(file.read_text(encoding="utf-8").replace('"llama"', '"starling"'), encoding="utf-8")
+assert load("starling").config.model_type == "starling" and torch.equal(load("starling")(ids), model(ids))
+save(load("starling"), "again", Tokenizer.from_bytes())
+assert torch.equal(load("again")(ids), model(ids))
+""")

@@ -12,7 +12,7 @@ from data.log import Log, read_log
 from data.runs import read_state
 from model import Config, Transformer, load
 
-from test_train import ROOT, TINY, data, examples, go  # noqa: F401: fixtures
+from test_train import ROOT, TINY, data, examples, go  # noqa: F401 - fixtures
 
 
 @pytest.fixture

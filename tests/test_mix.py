@@ -18,7 +18,7 @@ from data.schedule import Trend
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, load
 
-from test_train import data, equal, examples, go, refused, state, steps  # noqa: F401: fixtures
+from test_train import data, equal, examples, go, refused, state, steps  # noqa: F401 - fixtures
 
 
 def part(directory, share, context=32):
