@@ -13,9 +13,10 @@ from data.sources import measuring_flags
 SETTINGS = ("head_bits", "calibration", "calibration_windows", "qat_steps", "lr", "seed", "smoke")
 OF_STEPS = ("calibration", "calibration_windows", "qat_steps", "lr", "resume", "seed")
 MEASURING = ("data", "text", "eval_tokens", "prompt_tokens", "new_tokens", "rounds", "threads")
-SLICING, QUANTIZING = ("ffn", "heads", "width", "depth", "vocab"), ("int8", "int4")
+SLICING, QUANTIZING = ("ffn", "heads", "width", "depth", "vocab"), ("int8", "int4", "mixed")
 # Values that are numbers: type, test, description.
 NUMBERS = {"KEEP": (float, lambda n: 0 < n <= 1, "the share that stays, above 0 and at most 1"),
+           "BITS": (float, lambda n: 4 < n < 10, "bits per weight, scales counted, above 4 and below 10"),
            "STEPS": (int, lambda n: n >= 1, "a whole number, at least 1")}
 
 
@@ -114,6 +115,8 @@ def check_order(steps, model=None):
     if model is not None:
         entries = sorted(model.compression, key=lambda entry: ".layers." not in entry["module"])     # the head last
         quantized = next((entry["kind"] for entry in entries if entry["kind"] in QUANTIZING), None)
+        steps_before = [entry["step"] for entry in model.history if entry["step"] in (*QUANTIZING, "dequantize")]
+        quantized = "mixed" if quantized and steps_before[-1:] == ["mixed"] else quantized
         structure = {entry["kind"] for entry in entries} & {"lowrank"}
         structure |= {entry["step"] for entry in model.history} & {"sparse"}
     for step in steps:
@@ -336,7 +339,8 @@ def check_flags(args, steps):
     text, training = needs_text(steps), needs_training(steps)
     calibrates = any(step.text and not step.trains and step.name != "vocab" for step in steps)
     for name, given, needs, there in (
-            ("head_bits", args.head_bits, "quantizes: int8 or int4", any(step.name in QUANTIZING for step in steps)),
+            ("head_bits", args.head_bits, "rounds all alike: int8 or int4 (mixed chooses for itself)",
+             any(step.name in ("int8", "int4") for step in steps)),
             ("calibration", args.calibration, "looks at text: int4:gptq, sparse, lowrank, width, recover, ...", text),
             ("calibration_windows", args.calibration_windows != 128, "calibrates: int4:gptq, sparse, lowrank, width, "
              "...", calibrates),
