@@ -5,6 +5,7 @@
     python compress.py out width:0.75 recover:95 int8 --out out-cut  # pruned, trained, rounded
     python compress.py --measure out out-gptq out-cut --out report   # the first is the baseline
     python compress.py out --sweep --out out-sweep                   # measures a set of chains
+    python compress.py out --fit 600kB --out out-fit                 # finds the best chain for a limit
 
 A step is written name[:value][:method]; KEEP is the share that stays, the first method the default.
 Numbers are chapters of compress.py (1: the calibration text); the table STEPS is in chapter 7.
@@ -57,12 +58,12 @@ from data.checkpoints import checkpoint_hash, find_model, model_name
 from data.console import run
 from data.export import GGUF_TYPES, gguf_step, import_gguf
 from data.files import MODEL, remove_tree, settle
-from data.fit import chosen_formats, knapsack, possible_formats
+from data.fit import chosen_formats, knapsack, layers_to_quantize, possible_formats
 from data.loader import IGNORE, Batch
 from data.machine import accelerate, pick_device
 from data.sources import calibration, calibration_data, id_counts
-from data.structure import (AXES, axes_of, body_layers, candidate_sizes, check_storable, dense_layers, dense_weight,
-                            dequantize, even_ranks, head_channels, kept_count, layers_that_stay, possible_ranks,
+from data.structure import (AXES, axes_of, body_layers, candidate_sizes, dense_layers, dense_weight, dequantize,
+                            even_ranks, head_channels, kept_count, layers_that_stay, possible_ranks,
                             print_sizes, prune_report, select, slice_model, split_name)
 from data.tokenizer import Tokenizer
 from data.vocabulary import cut_tokenizer
@@ -286,28 +287,6 @@ def vocab_step(model, tokenizer, step, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Rounding: weight = integer * scale, to nearest, or with error compensation (GPTQ)
 
-def layers_to_quantize(model, bits, group, head_bits):
-    """Lists the layers to quantize, {"module", "kind", ...spec} each, as in model.compression.
-
-    bits       8 (one scale for each row) or 4 (one for each `group` of a row), in the blocks
-    head_bits  8, 4 or 16 (stays float), of the embedding and the head: the most sensitive layers
-    Raises UserError if groups do not divide the rows of a layer, or float16 cannot hold weights.
-    """
-    entries = []
-    for name, layer in dense_layers(model).items():
-        width = head_bits if name in ("model.embed_tokens", "lm_head") else bits
-        if width == 16:
-            continue
-        spec = {"group": group} if width == 4 else {}
-        check_storable(f"int{bits}", name, layer)
-        try:
-            LAYERS[f"int{width}"].group(layer.weight.shape[1], **spec)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-        entries.append({"module": name, "kind": f"int{width}", **spec})
-    return entries
-
-
 def spec_of(entry):
     """(class, keyword arguments) of an entry of model.compression: (Int4Linear, {"group": 32})."""
     return LAYERS[entry["kind"]], {k: v for k, v in entry.items() if k not in ("module", "kind")}
@@ -345,19 +324,6 @@ def rounding_losses(model, choices, batches):
     for hook in hooks:
         hook.remove()
     return {name: (loss / tokens).tolist() for name, loss in losses.items()}
-
-
-def mixed_entries(model, bits, batches):
-    """(entries as of layers_to_quantize, plan) for which the loss grows least at `bits` per weight.
-
-    Raises UserError for too few bits. data/fit.py weighs the formats of a layer.
-    """
-    dtype, entries = model.dtype, possible_formats(model.float())
-    layers = {name: [kind.from_dense(model.get_submodule(name), **spec) for kind, spec in map(spec_of, formats)]
-              for name, formats in entries.items()}
-    losses = rounding_losses(model, layers, batches)
-    model.to(dtype)
-    return chosen_formats(bits, entries, layers, losses)
 
 
 def round_to_nearest(model, entries):
@@ -436,28 +402,52 @@ def gptq(weight, hessian, bits, group, drift=None, name="a layer"):
     return integers.T.contiguous(), torch.cat(scales, dim=1)                             # (out, in), (out, in / group)
 
 
+def gptq_layers(layers, entry, hessian, drift, name):
+    """[QuantLinear, ...] of dense layers that share an input, rounded by gptq() as an entry says."""
+    kind, spec = spec_of(entry)
+    if hessian is None or entry["kind"] == "int8" and drift is None:           # without a drift, 8 bits gain nothing
+        return [kind.from_dense(layer, **spec) for layer in layers]
+    weight, rows = torch.cat([layer.weight for layer in layers]), [len(layer.weight) for layer in layers]
+    integers, scales = gptq(weight, hessian, kind.bits, kind.group(weight.shape[1], **spec), drift, name)
+    return [kind.from_integers(q, s, getattr(layer, "bias", None))
+            for layer, q, s in zip(layers, integers.split(rows), scales.split(rows))]
+
+
 def gptq_model(model, entries, batches):
     """Replaces the layers of `entries` by ones that gptq() rounded, layer by layer (chapter 4)."""
     todo = {entry["module"]: entry for entry in entries}
 
     def quantize(layers, names, hessian, drift):
-        formats, rows = [spec_of(todo[name]) for name in names], [len(layer.weight) for layer in layers]
-        if any(spec != formats[0] for spec in formats):          # rows are independent: each layer by itself
-            drifts = [None] * len(layers) if drift is None else drift.split(rows)
-            return {k: v for layer, name, part in zip(layers, names, drifts)
-                    for k, v in quantize([layer], [name], hessian, part).items()}
-        (kind, spec), weight = formats[0], torch.cat([layer.weight for layer in layers])               # (out, in)
-        if kind is LAYERS["int8"] and drift is None:             # embedding and head: GPTQ gains nothing at 8 bits
-            replaced = {name: kind.from_dense(layer) for name, layer in zip(names, layers)}
-        else:
-            integers, scales = gptq(weight, hessian, kind.bits, kind.group(weight.shape[1], **spec), drift, names[0])
-            replaced = {name: kind.from_integers(q, s, getattr(layer, "bias", None))
-                        for name, layer, q, s in zip(names, layers, integers.split(rows), scales.split(rows))}
-        for name, layer in zip(names, layers):
-            layer.weight = nn.Parameter(replaced[name].dense(), requires_grad=False)
+        replaced, drifts = {}, drift if drift is None else drift.split([len(layer.weight) for layer in layers])
+        for form in {str(spec_of(todo[name])): todo[name] for name in names}.values():       # mixed: not all alike
+            same = [i for i, name in enumerate(names) if spec_of(todo[name]) == spec_of(form)]
+            part = None if drifts is None else torch.cat([drifts[i] for i in same])
+            for i, layer in zip(same, gptq_layers([layers[i] for i in same], form, hessian, part, names[same[0]])):
+                replaced[names[i]] = layer
+                layers[i].weight = nn.Parameter(layer.dense(), requires_grad=False)
         return replaced
 
     layer_by_layer(model, todo, batches, quantize, "gptq")
+
+
+def ways_to_round(model, method, batches):
+    """(entries, layers, losses): for each dense layer each format that fits it, as chosen_formats takes them.
+
+    Layers are rounded one at a time, to nearest or by gptq, and the others stay dense.
+    """
+    dtype, entries, layers = model.dtype, possible_formats(model.float()), {}
+
+    def look(same, names, hessian, drift):
+        ways = zip(*(gptq_layers(same, entry, hessian, None, names[0]) for entry in entries[names[0]]))
+        return layers.update(zip(names, map(list, ways))) or {}
+
+    if method == "gptq":
+        layer_by_layer(model, {name: ways[0] for name, ways in entries.items()}, batches, look, "formats", drifts=False)
+    for name in entries if method != "gptq" else ():
+        look([model.get_submodule(name)], [name], None, None)
+    losses = rounding_losses(model, layers, batches[:2])
+    model.to(dtype)
+    return entries, layers, losses
 
 
 def quantize_step(model, tokenizer, step, args):
@@ -467,13 +457,12 @@ def quantize_step(model, tokenizer, step, args):
     if mixed or step.method == "gptq":
         batches, drawn = calibration(model, tokenizer, args)
     if mixed:
-        entries, plan = mixed_entries(model, float(step.value), batches[:2])
+        entries, plan = chosen_formats(float(step.value), *ways_to_round(model, step.method, batches))
         history.update(plan)
     else:
         bits, group = int(step.name[3:]), int(step.value or 32)
-        head_bits = args.head_bits or bits
-        entries = layers_to_quantize(model, bits, group, head_bits)
-        history.update(**({"group": group} if bits == 4 else {}), head_bits=head_bits)
+        history.update(**({"group": group} if bits == 4 else {}), head_bits=args.head_bits or bits)
+        entries = layers_to_quantize(model, bits, group, history["head_bits"])
     if step.method == "gptq":
         gptq_model(model, entries, batches)
         return model, tokenizer, {**history, **drawn}
@@ -630,13 +619,17 @@ def layer_by_layer(model, todo, batches, compress, title, drifts=True):
     Raises UserError as check_walk does.
     """
     body, dtype = model.model, model.dtype
+
+    def replace(layers):
+        for name, layer in layers.items():
+            model.replace(todo[name], layer)
+
     model.float().requires_grad_(False)
     check_walk(model, todo, batches[0])
     dense_streams, *_ = block_inputs(model, batches)
     if entry := todo.get("model.embed_tokens"):                  # at 8 bits it is rounded to nearest
         hessian = table_hessian(model, batches[:2]) if entry["kind"] == "int4" else None
-        replaced = compress([body.embed_tokens], ["model.embed_tokens"], hessian, None)
-        model.replace(entry, replaced["model.embed_tokens"])
+        replace(compress([body.embed_tokens], ["model.embed_tokens"], hessian, None))
     streams, rotaries, masks = block_inputs(model, batches)
     for i, block in enumerate(tqdm(body.layers, desc=title, unit="block", dynamic_ncols=True, disable=None)):
         dense_flows = [None] * len(batches)
@@ -647,12 +640,11 @@ def layer_by_layer(model, todo, batches, compress, title, drifts=True):
         streams = [next(flow)[0] for flow in flows]
         if drifts:
             dense_streams = [next(flow)[0] for flow in dense_flows]
-        for name, layer in replaced.items():
-            model.replace(todo[name], layer)
-    if entry := todo.get("lm_head"):
+        replace(replaced)
+    if "lm_head" in todo:
         finals = [unpadded(body.norm(x), batch) for x, batch in zip(streams, batches)]
         hessian = sum((x.T @ x).double() for x in finals)        # compensating the drift here was no better
-        model.replace(entry, compress([model.lm_head], ["lm_head"], hessian, None)["lm_head"])
+        replace(compress([model.lm_head], ["lm_head"], hessian, None))
     model.to(dtype).requires_grad_(True)
 
 
@@ -759,8 +751,8 @@ def low_rank(weight, rank, factor=None):
 
 def best_ranks(model, layers, keep, batches):
     """{name: rank} for which all layers together keep the share `keep` and the loss grows least."""
-    errors, ranks = rank_errors(model, layers, batches), {name: possible_ranks(layer) for name, layer in layers.items()}
-    choices = {name: [(size, float(errors[name][rank]) if rank else 0.0) for size, rank in ranks[name]] for name in ranks}
+    ranks, errors = {n: possible_ranks(layer) for n, layer in layers.items()}, rank_errors(model, layers, batches)
+    choices = {n: [(size, float(errors[n][rank]) if rank else 0.0) for size, rank in ranks[n]] for n in ranks}
     chosen = knapsack(choices, int(keep * sum(layer.weight.numel() for layer in layers.values())))
     chosen = chosen or dict.fromkeys(ranks, 0)                   # a share that is too small: the least ranks
     return {name: ranks[name][i][1] for name, i in chosen.items() if ranks[name][i][1]}
@@ -876,12 +868,13 @@ def make(steps, args, stages, out=None):
 
 
 def main(argv=None):
-    """Runs a chain; hands --measure and --sweep to data/measure.py."""
+    """Runs a chain; hands --measure and --sweep to data/measure.py, --fit to data/fit.py."""
     args = parse_arguments(argv, __doc__)
     command = "python compress.py " + shlex.join(sys.argv[1:] if argv is None else argv)
-    if args.measure or args.sweep is not None:
-        from data import measure                                 # here, as measure imports this script
-        return (measure.measure_command if args.measure else measure.sweep_command)(args, command)
+    if args.measure or args.sweep is not None or args.fit:
+        from data import fit, measure                            # here, as measure imports this script
+        command_of = measure.measure_command if args.measure else fit.fit_command if args.fit else measure.sweep_command
+        return command_of(args, command)
     steps = parse_chain(args.steps, STEPS)                       # all that can be refused is refused before any work
     out = Path(args.out) if Path(args.out).name else Path(args.out).resolve()      # "." has no name to write beside
     args.out, directory, to_file = str(out), find_model(args.model), steps[-1].name == "gguf"

@@ -7,7 +7,7 @@ from data import UserError
 from data.structure import check_storable, dense_layers, split_name
 
 # The formats of the step mixed, as in model.compression. int8 costs so little loss that no layer need stay dense.
-FORMATS = ({"kind": "int4", "group": 128}, {"kind": "int4", "group": 64}, {"kind": "int4", "group": 32}, {"kind": "int8"})
+FORMATS = (*({"kind": "int4", "group": group} for group in (128, 64, 32)), {"kind": "int8"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,8 +41,31 @@ def knapsack(choices, budget, cells=100_000):
     return {name: chosen[name] for name in choices}
 
 
+def layers_to_quantize(model, bits, group, head_bits):
+    """Lists the layers to quantize, {"module", "kind", ...spec} each, as in model.compression.
+
+    bits       8 (one scale for each row) or 4 (one for each `group` of a row), in the blocks
+    head_bits  8, 4 or 16 (stays float), of the embedding and the head: the most sensitive layers
+    Raises UserError if groups do not divide the rows of a layer, or float16 cannot hold weights.
+    """
+    from model import LAYERS                                     # here, as the scripts import this file
+    entries = []
+    for name, layer in dense_layers(model).items():
+        width = head_bits if name in ("model.embed_tokens", "lm_head") else bits
+        if width == 16:
+            continue
+        spec = {"group": group} if width == 4 else {}
+        check_storable(f"int{bits}", name, layer)
+        try:
+            LAYERS[f"int{width}"].group(layer.weight.shape[1], **spec)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        entries.append({"module": name, "kind": f"int{width}", **spec})
+    return entries
+
+
 def possible_formats(model):
-    """{name: [entry of model.compression, ...]}: the FORMATS that fit the rows of each dense layer, smallest first.
+    """{name: [entry of model.compression, ...]}: the FORMATS that fit each dense layer, smallest first.
 
     Raises UserError for weights that float16 scales cannot express.
     """
@@ -61,9 +84,7 @@ def chosen_formats(bits, entries, layers, losses):
     entries  as of possible_formats; layers: the same, rounded; losses: the same, nats per token
     Prints the plan. Raises UserError for fewer bits than the smallest formats take.
     """
-    choices = {name: [(8 * stored_bytes(layer), loss) for layer, loss in zip(layers[name], losses[name])]
-               for name in entries}
-    weights = sum(formats[0].in_features * formats[0].out_features for formats in layers.values())
+    choices, weights = bits_and_losses(layers, losses)
     chosen = knapsack(choices, int(bits * weights))
     if chosen is None:
         least = sum(min(pairs)[0] for pairs in choices.values()) / weights
@@ -72,18 +93,19 @@ def chosen_formats(bits, entries, layers, losses):
     spent, loss = (sum(choices[name][i][j] for name, i in chosen.items()) for j in (0, 1))
     result = [entries[name][i] for name, i in chosen.items()]
     plan = plan_of(result)
-    print(f"mixed: {spent / weights:.3f} bits per weight; rounded to nearest, the loss would grow by about {loss:.4f} "
-          "nats per token", *(f"  {form:8} {names}" for form, names in plan.items()), sep="\n", flush=True)
+    print(f"mixed: {spent / weights:.3f} bits per weight; the loss should grow by about {loss:.4f} nats per token", *(f"  {form:8} {names}" for form, names in plan.items()), sep="\n", flush=True)
     return result, {"bits": bits, "plan": plan, "predicted_loss": loss}
 
 
-def stored_bytes(layer):
-    """Bytes of a quantized layer's integers and scales."""
-    return layer.q.nbytes + layer.scales.nbytes
+def bits_and_losses(layers, losses):
+    """({name: [(bits with scales, loss), ...]} for `knapsack`, number of weights) of rounded layers."""
+    choices = {name: [(8 * (layer.q.nbytes + layer.scales.nbytes), loss) for layer, loss in zip(ways, losses[name])]
+               for name, ways in layers.items()}
+    return choices, sum(ways[0].in_features * ways[0].out_features for ways in layers.values())
 
 
 def plan_of(entries):
-    """{"int8": "embed_tokens, v_proj 0-2 5"}: matrices and numbers of layers by format; the most usual: "all others"."""
+    """{"int8": "embed_tokens, v_proj 0-2 5", "int4:32": "all others"}: matrices, and which layers'."""
     groups = collections.defaultdict(lambda: collections.defaultdict(list))
     for entry in entries:
         form = ":".join(str(entry[key]) for key in ("kind", "group") if key in entry)
