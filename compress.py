@@ -58,7 +58,7 @@ from data.checkpoints import checkpoint_hash, find_model, model_name
 from data.console import run
 from data.export import GGUF_TYPES, gguf_step, import_gguf
 from data.files import MODEL, remove_tree, settle
-from data.fit import chosen_formats, knapsack, layers_to_quantize, possible_formats
+from data.formats import chosen_formats, knapsack, layers_to_quantize, possible_formats
 from data.loader import IGNORE, Batch
 from data.machine import accelerate, pick_device
 from data.sources import calibration, calibration_data, id_counts
