@@ -68,7 +68,7 @@ class Cut:
     loss: float = 0.0                                            # percent more bits per byte of calibration text
     expected: float = 0.0                                        # the same, after the whole training
     weights: int = 0                                             # in matrices
-    other: int = 0                                               # bytes of the file that are not in matrices
+    other: int = 0                                               # bytes of the file that are not in matrices, at most
     least: float = 0.0                                           # bits per weight of the smallest formats
     most: float = 0.0                                            # of int8
     dense: int = 0                                               # bytes of the file as it is
@@ -120,8 +120,8 @@ def sizes_of(cut, model):
 
     cut.least, cut.most = (sum(bits(forms[i], layers[name]) for name, forms in entries.items()) / cut.weights
                            for i in (0, -1))
-    rounded = file_bytes(model, [forms[-1] for forms in entries.values()])
-    cut.other, cut.dense = rounded - math.ceil(cut.most * cut.weights / 8), file_bytes(model, [])
+    cut.dense, rounded = file_bytes(model, []), file_bytes(model, [forms[-1] for forms in entries.values()])
+    cut.other = rounded - round(cut.most * cut.weights / 8) + 4 * len(entries)           # shapes of scales get longer
 
 
 def plans_of(cut, limits, growth):
@@ -136,7 +136,7 @@ def plans_of(cut, limits, growth):
         plans.append(Plan(cut, [*cut.words, word], cut.size(b), cut.expected + growth(b)))
     plans += [Plan(cut, cut.words, cut.dense, cut.expected)] * bool(cut.words)
     plans = [plan for plan in plans if limits.met(plan.size, plan.loss, cut.speed)]
-    return sorted(plans, key=lambda plan: limits.order(plan.size, plan.loss))[:1]
+    return sorted(plans, key=lambda plan: limits.order(plan.size, plan.loss))
 
 
 def cuts_to_try(base, limits, model):
@@ -148,13 +148,15 @@ def cuts_to_try(base, limits, model):
         shares = {(limits.bytes - base.other) * 8 / (base.least * base.weights) - 0.01}
     cuts = [[]]
     for share in sorted(share for share in shares if LEAST_KEPT <= share < 1):
-        cuts += [[f"width:{share:.3f}"], [f"depth:{max(1, math.floor(share * layers)) / layers:.3f}"]]
-        for part in (1, 0.5):                                    # of what goes, from embedding and head
+        cuts.append([f"width:{share:.3f}"])
+        if (body := 1 - (1 - share) / (1 - table)) > 0.3:        # all is cut from the blocks
+            cuts.append([f"lowrank:{body:.3f}"])
+            if (stay := math.floor(body * layers)) >= 1:
+                cuts.append([f"depth:{stay / layers:.3f}"])
+        for part in (1, 0.5) if limits.bytes else ():            # of what goes, from embedding and head
             ids, rest = 1 - part * (1 - share) / table, share / (1 - part * (1 - share))
             if ids > 0.3:
                 cuts.append([f"vocab:{ids:.3f}", *([f"width:{rest:.3f}"] if part < 1 else [])])
-        if (rank := 1 - (1 - share) / (1 - table)) > 0.3:
-            cuts.append([f"lowrank:{rank:.3f}"])
     return [words for words in cuts if all(word.split(":")[0] in CUTS for word in words)]
 
 
@@ -260,6 +262,10 @@ class Search:
             if limits.speed:
                 cut.speed = self.decoding_speed(model)
             cuts.append(cut)
+        least = min(cut.size(cut.least) for cut in cuts)
+        if limits.bytes and least > limits.bytes:
+            raise UserError(f"--fit {self.args.fit}: no cut that was made is small enough; the nearest that can be is "
+                            f"{math.ceil(least / 1e3)}kB")
         cuts = [cut for cut in cuts if not limits.bytes or cut.size(cut.least) <= limits.bytes]
         cuts.sort(key=lambda cut: cut.loss)
         for cut in cuts[:TRIALS] if self.steps >= 2 * SHORT else ():
@@ -322,13 +328,11 @@ def best_plan(plans, limits, rows, text):
 
 def expected_plans(cuts, limits, growth, text):
     """The best Plan of each Cut, best first. Raises UserError, with the nearest, if none should fit."""
-    def of_all(limits):
-        plans = [plan for cut in cuts for plan in plans_of(cut, limits, growth)]
+    plans = [plan for cut in cuts for plan in plans_of(cut, limits, growth)[:1]]
+    if plans:
         return sorted(plans, key=lambda plan: limits.order(plan.size, plan.loss))
-
-    if plans := of_all(limits):
-        return plans
-    near = of_all(Limits(bytes=limits.bytes or math.inf))[0]
+    near = min((plan for cut in cuts for plan in plans_of(cut, Limits(limits.bytes), growth)),
+               key=lambda plan: (-(plan.cut.speed or 0), plan.loss))
     speed = f" and {near.cut.speed:,.0f} tokens/s" if near.cut.speed else ""
     raise UserError(f"--fit {text}: no chain should meet it; the nearest is {near.name}, with about "
                     f"{near.size / 1e6:,.3f} MB, {near.loss:+.2f} % bits per byte{speed}: give limits that allow it")
@@ -369,7 +373,7 @@ def check_fit(args, limits, directory, out, report):
     base = Cut([])
     sizes_of(base, model)
     if limits.bytes and not limits.speed and base.dense <= limits.bytes:
-        raise UserError(f"--fit {args.fit}: {args.model} meets that as it is, with {base.dense / 1e6:,.3f} MB: give "
+        raise UserError(f"--fit {args.fit}: {args.model} has {base.dense / 1e6:,.3f} MB and meets that as it is: give "
                         "less")
     least = base.size(LEAST_KEPT * base.least)
     if limits.bytes and limits.bytes < least:

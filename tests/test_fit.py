@@ -98,7 +98,7 @@ def test_the_loss_of_rounding_is_predicted(root, monkeypatch):
                     kl = float((base.exp() * (base - model(rows.ids).log_softmax(-1))).sum(-1).mean())
                     layer.weight.copy_(dense)
                 ratios.append(loss / kl)
-    assert len(ratios) > 20 and 0.4 < min(ratios) and max(ratios) < 2.5 and 0.7 < sorted(ratios)[len(ratios) // 2] < 1.4
+    assert len(ratios) > 20 and 0.4 < min(ratios) and max(ratios) < 2.5 and 0.7 < sorted(ratios)[len(ratios) // 2] < 1.4, sorted(ratios)
 
 
 def test_no_plan_of_a_small_model_is_better(root, monkeypatch):
@@ -114,7 +114,7 @@ def test_no_plan_of_a_small_model_is_better(root, monkeypatch):
     budget = 5.5 * sum(layer.weight.numel() for layer in dense_layers(load(root / "one")).values())
     plans = {plan: sum(losses[n][i] for n, i in zip(layers, plan)) for plan in itertools.product((0, 1), repeat=len(layers))
              if sum(c[i] for c, i in zip(costs, plan)) <= budget}
-    assert len(plans) > 100 and plans[tuple(chosen)] == pytest.approx(min(plans.values())) and 0 < sum(chosen) < len(chosen)
+    assert len(plans) > 50 and plans[tuple(chosen)] == pytest.approx(min(plans.values())) and 0 < sum(chosen) < len(chosen)
 
 
 @pytest.mark.parametrize("name", ["dense", "tied"])
@@ -209,7 +209,7 @@ def test_a_limit_of_the_loss_gives_the_smallest_file(root, tmp_path):
 
 
 @pytest.mark.parametrize("limits, match", [
-    ("1kB", r"less than a fifth of the weights in four bits; the nearest that can be is \d+kB"), ("9MB", "meets that as it is"),
+    ("1kB", r"less than a fifth of the weights in four bits; the nearest that can be is \d+kB"), ("9MB", "has .* MB and meets that as it is"),
     ("30kB,+0.01%", r"no chain should meet it; the nearest is .*MB, \+\d+\.\d\d % bits per byte"),
     ("9999999tok/s", "no chain .*; the nearest is .*tokens/s")])
 def test_limits_that_cannot_be_met(root, tmp_path, limits, match):
