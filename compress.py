@@ -58,7 +58,7 @@ from data.checkpoints import checkpoint_hash, find_model, model_name
 from data.console import run
 from data.export import GGUF_TYPES, gguf_step, import_gguf
 from data.files import MODEL, remove_tree, settle
-from data.formats import chosen_formats, knapsack, layers_to_quantize, possible_formats
+from data.formats import chosen_formats, knapsack, layers_to_quantize, possible_formats, spec_of
 from data.loader import IGNORE, Batch
 from data.machine import accelerate, pick_device
 from data.sources import calibration, calibration_data, id_counts
@@ -68,7 +68,7 @@ from data.structure import (AXES, axes_of, body_layers, candidate_sizes, dense_l
 from data.tokenizer import Tokenizer
 from data.vocabulary import cut_tokenizer
 from distill import quantization_aware_training, recover_step
-from model import LAYERS, LowRankLinear, QuantLinear, dequantized, group_scales, load, rounded, save
+from model import LowRankLinear, QuantLinear, dequantized, group_scales, load, rounded, save
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,11 +286,6 @@ def vocab_step(model, tokenizer, step, args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Rounding: weight = integer * scale, to nearest, or with error compensation (GPTQ)
-
-def spec_of(entry):
-    """(class, keyword arguments) of an entry of model.compression: (Int4Linear, {"group": 32})."""
-    return LAYERS[entry["kind"]], {k: v for k, v in entry.items() if k not in ("module", "kind")}
-
 
 def rounding_losses(model, choices, batches):
     """{name: [nats per token, ...]}: how much the loss grows if one layer alone is rounded.

@@ -377,8 +377,8 @@ def check_fit(args, limits, directory, out, report):
                         "less")
     least = base.size(LEAST_KEPT * base.least)
     if limits.bytes and limits.bytes < least:
-        raise UserError(f"--fit {args.fit}: that is less than a fifth of the weights in four bits; the nearest that can "
-                        f"be is {math.ceil(least / 1e3)}kB")
+        raise UserError(f"--fit {args.fit}: that is less than a fifth of the weights in four bits; the nearest that "
+                        f"can be is {math.ceil(least / 1e3)}kB")
     scored_text(args, {model_name(directory): Tokenizer.load(directory)}, model.history, calibration_context(model))
 
 

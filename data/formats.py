@@ -38,6 +38,12 @@ def knapsack(choices, budget, cells=100_000):
     return {name: chosen[name] for name in choices}
 
 
+def spec_of(entry):
+    """(class, keyword arguments) of an entry of model.compression: (Int4Linear, {"group": 32})."""
+    from model import LAYERS                                     # here, as the scripts import this file
+    return LAYERS[entry["kind"]], {k: v for k, v in entry.items() if k not in ("module", "kind")}
+
+
 def layers_to_quantize(model, bits, group, head_bits):
     """Lists the layers to quantize, {"module", "kind", ...spec} each, as in model.compression.
 

@@ -6,7 +6,6 @@ import torch
 
 import compress
 from data import UserError, fit, formats, machine, measure
-from data.chain import parse_step
 from data.checkpoints import checkpoint_hash
 from data.loader import Windows
 from data.prepare import prepare
@@ -163,7 +162,7 @@ def test_limits(text, want):
     assert fit.dataclasses.astuple(fit.Limits.parse(text)) == want
 
 
-@pytest.mark.parametrize("text", ["", "1", "1MB,2MB", "-1MB", "2%", "0kB", "1.2.3MB", "nanMB", "fast"])
+@pytest.mark.parametrize("text", ["", "1", "1MB,2MB", "+-1%", "2%", "0kB", "1.2.3MB", "nanMB", "fast"])
 def test_what_is_no_limit(root, tmp_path, text):
     with pytest.raises(UserError, match="--fit.*a limit is written 1MB" if text else "give a model and at least one step"):
         run(root / "dense", "--fit", text, "--out", tmp_path / "m")
@@ -200,7 +199,8 @@ def test_a_fitted_model_comes_back_bit_for_bit(root, tmp_path, capsys):
     assert out.count("<- chosen") == 1 and (tmp_path / "m.fit" / "tradeoff.png").is_file()
 
 
-def test_a_limit_of_the_loss_gives_the_smallest_file(root, tmp_path):
+def test_a_limit_of_the_loss_gives_the_smallest_file(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "CUTS", ("depth",))
     run(root / "dense", "--fit", "+3%", "--out", tmp_path / "m", *QUICK)
     rows = [json.loads(line) for line in (tmp_path / "m.fit" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     fits = [row for row in rows[1:] if row["bits_per_byte"] <= 1.03 * rows[0]["bits_per_byte"]]
@@ -212,7 +212,8 @@ def test_a_limit_of_the_loss_gives_the_smallest_file(root, tmp_path):
     ("1kB", r"less than a fifth of the weights in four bits; the nearest that can be is \d+kB"), ("9MB", "has .* MB and meets that as it is"),
     ("30kB,+0.01%", r"no chain should meet it; the nearest is .*MB, \+\d+\.\d\d % bits per byte"),
     ("9999999tok/s", "no chain .*; the nearest is .*tokens/s")])
-def test_limits_that_cannot_be_met(root, tmp_path, limits, match):
+def test_limits_that_cannot_be_met(root, tmp_path, limits, match, monkeypatch):
+    monkeypatch.setattr(fit, "CUTS", ("depth",))
     with pytest.raises(UserError, match=match):
         run(root / "dense", "--fit", limits, "--out", tmp_path / "m", *QUICK)
     assert not (tmp_path / "m").exists()
