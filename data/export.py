@@ -110,7 +110,8 @@ def stored_blocks(layer):
 def gguf_mismatch(model, kind):
     """The reason why quantized layers do not fit a file of this type, as text; None: they fit."""
     blocks = {e["kind"] for e in model.compression if ".layers." in e["module"]}
-    blocks = {"mixed"} if len(blocks) > 1 or any(e["step"] == "mixed" for e in model.history) and blocks else blocks
+    rounding = [e["step"] for e in model.history if e["step"] in (*GGUF_STORED, "dequantize")]
+    blocks = {"mixed"} if blocks and rounding[-1:] == ["mixed"] else blocks
     fit = {GGUF_STORED[k] for k in blocks}
     if fit and kind not in fit:
         return (f"gguf:{kind}: the model's layers are {' and '.join(sorted(blocks))}, which goes unchanged into "
@@ -349,7 +350,8 @@ def write_gguf(model, tokenizer, kind, path, name="model"):
 
     kind  f32, f16, q8_0 or q4_0: the type of matrices. Vectors (norms, biases) stay f32; a matrix
           whose rows do not divide into blocks of 32 stays f16 and is named on standard output.
-          Quantized layers keep integers and scales, and must be of this kind in the blocks
+          Quantized layers keep integers and scales, and must be of this kind in the blocks; those of
+          the step mixed keep their own kinds in a file of kind q4_0
     Raises UserError for a model that llama.cpp cannot express, and without the gguf package.
     """
     gguf, config = import_gguf(), model.config
