@@ -228,7 +228,6 @@ class Search:
         _, layers, losses = ways_to_round(copy.deepcopy(self.model), "gptq", batches)
         choices, weights = bits_and_losses(layers, losses)
         loss = figures(*score(self.model, [self.rows], self.tokenizer.token_bytes()))["loss"]
-
         least = sum(min(pairs)[0] for pairs in choices.values())
 
         def growth(bits):
