@@ -5,6 +5,7 @@
     python compress.py out width:0.75 recover:95 int8 --out out-cut  # pruned, trained, rounded
     python compress.py --measure out out-gptq out-cut --out report   # the first is the baseline
     python compress.py out --sweep --out out-sweep                   # measures a set of chains
+    python compress.py out --fit 600kB --out out-fit                 # finds the best chain for a limit
 
 A step is written name[:value][:method]; KEEP is the share that stays, the first method the default.
 Numbers are chapters of compress.py (1: the calibration text); the table STEPS is in chapter 7.
@@ -22,6 +23,8 @@ Numbers are chapters of compress.py (1: the calibration text); the table STEPS i
     int4[:32|64|128][:rtn|gptq|qat]          4 bits, one scale for each 32, 64 or 128 of a row
         rtn: to nearest, as int8, no text; gptq: with error compensation, half the loss of rtn;
         qat: quantization-aware training for --qat-steps, the least loss
+    mixed:BITS[:gptq|rtn|qat]                int8, or int4 in groups of 32, 64 or 128, for each matrix
+        BITS: mean per weight of all matrices with their scales, 4.5 or 5.25; the loss decides where
     dequantize                               dense again; the rounding error stays
 5 Sparsity: zeros in the matrices of the blocks. A study of quality: nothing runs faster.
     sparse:KEEP|2of4[:sparsegpt|wanda|magnitude]    KEEP of each row, or two of four neighbours
@@ -38,7 +41,7 @@ Numbers are chapters of compress.py (1: the calibration text); the table STEPS i
 
 Slicing comes before lowrank and sparse, rounding last. After Ctrl-C, --resume goes on.
 """
-import collections, copy, hashlib, math, shlex, shutil, sys
+import collections, copy, math, shlex, shutil, sys
 from pathlib import Path
 
 import data  # noqa: F401 - first, so that Ctrl-C is quiet while torch is imported
@@ -55,16 +58,17 @@ from data.checkpoints import checkpoint_hash, find_model, model_name
 from data.console import run
 from data.export import GGUF_TYPES, gguf_step, import_gguf
 from data.files import MODEL, remove_tree, settle
+from data.formats import chosen_formats, knapsack, layers_to_quantize, possible_formats, spec_of
 from data.loader import IGNORE, Batch
-from data.machine import accelerate, pick_device, to_device
-from data.sources import calibration_context, calibration_data, calibration_rows, id_counts
+from data.machine import accelerate, pick_device
+from data.sources import calibration, calibration_data, id_counts
 from data.structure import (AXES, axes_of, body_layers, candidate_sizes, dense_layers, dense_weight, dequantize,
-                            head_channels, kept_count, layers_that_stay, print_sizes, prune_report, select, slice_model,
-                            split_name)
+                            even_ranks, head_channels, kept_count, layers_that_stay, possible_ranks,
+                            print_sizes, prune_report, select, slice_model, split_name)
 from data.tokenizer import Tokenizer
 from data.vocabulary import cut_tokenizer
 from distill import quantization_aware_training, recover_step
-from model import LAYERS, LowRankLinear, QuantLinear, dequantized, group_scales, load, rounded, save
+from model import LowRankLinear, QuantLinear, dequantized, group_scales, load, rounded, save
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,22 +82,6 @@ def rows_of(batch, start, stop):
 def unpadded(x, batch):
     """The tokens of x (B, T, C) without padding, (N, C)."""
     return x.flatten(0, 1) if batch.segments is None else x[batch.segments > 0]
-
-
-def calibration(model, tokenizer, args):
-    """Draws --calibration-windows windows by --seed: ([Batch of 8, ...], entries for the history).
-
-    Windows of prepared data come from the training split; a text file is encoded by the tokenizer.
-    The batches are on the model's device.
-    """
-    source, context = calibration_data(model, tokenizer, args), calibration_context(model)
-    name, drawn = calibration_rows(source, tokenizer, context, args.calibration_windows, args.seed)
-    count, digest = len(drawn.ids), hashlib.sha256(drawn.ids.numpy().tobytes()).hexdigest()[:12]
-    print(f"calibration: {count} windows of {context} tokens from {name}, seed {args.seed}, sha256 {digest}",
-          flush=True)
-    text = {"data": name, "windows": count, "context": context, "sha256": digest}
-    drawn = to_device(drawn, next(model.parameters()).device)
-    return [rows_of(drawn, i, i + 8) for i in range(0, count, 8)], {"calibration": text, "seed": args.seed}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,34 +287,49 @@ def vocab_step(model, tokenizer, step, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Rounding: weight = integer * scale, to nearest, or with error compensation (GPTQ)
 
-def layers_to_quantize(model, bits, group, head_bits):
-    """Lists the layers to quantize, {"module", "kind", ...spec} each, as in model.compression.
+def rounding_losses(model, choices, batches):
+    """{name: [nats per token, ...]}: how much the loss grows if one layer alone is rounded.
 
-    bits       8 (one scale for each row) or 4 (one for each `group` of a row), in the blocks
-    head_bits  8, 4 or 16 (stays float), of the embedding and the head: the most sensitive layers
-    Raises UserError if groups do not divide the rows of a layer, or float16 cannot hold weights.
+    choices: {name: [QuantLinear, ...]}. Half the mean square, over tokens, of (error of the output) .
+    (gradient of the loss by the output), for targets drawn from the model: the KL divergence to
+    second order, by the Fisher matrix (Singh and Alistarh, 2020, https://arxiv.org/abs/2004.14340).
     """
-    entries = []
-    for name, layer in dense_layers(model).items():
-        width = head_bits if name in ("model.embed_tokens", "lm_head") else bits
-        if width == 16:
-            continue
-        spec = {"group": group} if width == 4 else {}
-        if not layer.weight.detach().abs().max() <= 65504:
-            raise UserError(f"int{bits}: {name} has weights that are infinite, not numbers, or too large for float16")
-        try:
-            LAYERS[f"int{width}"].group(layer.weight.shape[1], **spec)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-        entries.append({"module": name, "kind": f"int{width}", **spec})
-    return entries
+    layers, inputs, hooks, tokens = dense_layers(model), {}, [], 0
+    losses = {name: torch.zeros(len(choices[name])) for name in layers}
+    modules = {model.get_submodule(name): name for name in layers if name != "model.embed_tokens"}
+    if model.config.tie_word_embeddings:
+        modules[model.lm_head] = "model.embed_tokens"
+
+    def add(name, gradient, error):
+        """gradient (..., out); error: function (rounded layer, dense weight) -> (..., out)."""
+        for i, layer in enumerate(choices[name]):
+            product = (error(layer, layers[name].weight.detach()) * gradient).sum(-1)
+            losses[name][i] += product.square().sum().cpu() / 2
+
+    windows, random = [rows_of(batch, i, i + 1) for batch in batches for i in range(len(batch.ids))], torch.Generator()
+    for i, window in enumerate(windows):
+        with torch.no_grad():
+            chances = model(window.ids, segments=window.segments)[0].softmax(-1).cpu()                   # (T, V)
+        drawn = torch.multinomial(chances, 1, generator=random.manual_seed(i)).view(1, -1).to(window.targets)
+        windows[i] = window._replace(targets=drawn.where(window.targets != IGNORE, IGNORE))
+    for module in modules:                                       # now, as they shall see backward passes alone
+        hooks += [module.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0].detach()})),
+                  module.register_full_backward_hook(lambda m, _, grads: add(
+                      modules[m], grads[0], lambda layer, weight: F.linear(inputs[m], layer.dense() - weight)))]
+    bar = tqdm(windows, desc="sensitivity", unit="window", dynamic_ncols=True, disable=None)
+    for window, (gradient, _) in zip(bar, stream_gradients(model, windows)):
+        add("model.embed_tokens", gradient, lambda layer, weight: layer.rows(window.ids[0]) - weight[window.ids[0]])
+        tokens += int((window.targets != IGNORE).sum())
+    for hook in hooks:
+        hook.remove()
+    return {name: (loss / tokens).tolist() for name, loss in losses.items()}
 
 
 def round_to_nearest(model, entries):
     """Replaces the layers of `entries` by quantized ones, rounded to the nearest integer."""
     for entry in entries:
-        spec = {k: v for k, v in entry.items() if k not in ("module", "kind")}
-        model.replace(entry, LAYERS[entry["kind"]].from_dense(model.get_submodule(entry["module"]), **spec))
+        kind, spec = spec_of(entry)
+        model.replace(entry, kind.from_dense(model.get_submodule(entry["module"]), **spec))
 
 
 def damped_cholesky(hessian, name, geometric=False):
@@ -398,40 +401,74 @@ def gptq(weight, hessian, bits, group, drift=None, name="a layer"):
     return integers.T.contiguous(), torch.cat(scales, dim=1)                             # (out, in), (out, in / group)
 
 
+def gptq_layers(layers, entry, hessian, drift, name):
+    """[QuantLinear, ...] of dense layers that share an input, rounded by gptq() as an entry says."""
+    kind, spec = spec_of(entry)
+    if hessian is None or entry["kind"] == "int8" and drift is None:           # without a drift, 8 bits gain nothing
+        return [kind.from_dense(layer, **spec) for layer in layers]
+    weight, rows = torch.cat([layer.weight for layer in layers]), [len(layer.weight) for layer in layers]
+    integers, scales = gptq(weight, hessian, kind.bits, kind.group(weight.shape[1], **spec), drift, name)
+    return [kind.from_integers(q, s, getattr(layer, "bias", None))
+            for layer, q, s in zip(layers, integers.split(rows), scales.split(rows))]
+
+
 def gptq_model(model, entries, batches):
     """Replaces the layers of `entries` by ones that gptq() rounded, layer by layer (chapter 4)."""
     todo = {entry["module"]: entry for entry in entries}
 
     def quantize(layers, names, hessian, drift):
-        entry, rows = todo[names[0]], [len(layer.weight) for layer in layers]
-        if entry["kind"] == "int8":                              # the head: GPTQ gains nothing at 8 bits
-            return {name: LAYERS["int8"].from_dense(layer) for name, layer in zip(names, layers)}
-        weight = torch.cat([layer.weight for layer in layers])                                         # (out, in)
-        integers, scales = gptq(weight, hessian, 4, entry["group"], drift, names[0])
-        replaced = {}
-        for name, layer, q, s in zip(names, layers, integers.split(rows), scales.split(rows)):
-            replaced[name] = LAYERS["int4"].from_integers(q, s, getattr(layer, "bias", None))
-            layer.weight = nn.Parameter(replaced[name].dense(), requires_grad=False)
+        replaced, drifts = {}, drift if drift is None else drift.split([len(layer.weight) for layer in layers])
+        for form in {str(spec_of(todo[name])): todo[name] for name in names}.values():       # mixed: not all alike
+            same = [i for i, name in enumerate(names) if spec_of(todo[name]) == spec_of(form)]
+            part = None if drifts is None else torch.cat([drifts[i] for i in same])
+            for i, layer in zip(same, gptq_layers([layers[i] for i in same], form, hessian, part, names[same[0]])):
+                replaced[names[i]] = layer
+                layers[i].weight = nn.Parameter(layer.dense(), requires_grad=False)
         return replaced
 
     layer_by_layer(model, todo, batches, quantize, "gptq")
 
 
+def ways_to_round(model, method, batches):
+    """(entries, layers, losses): for each dense layer each format that fits it, as chosen_formats takes them.
+
+    Layers are rounded one at a time, to nearest or by gptq, and the others stay dense.
+    """
+    dtype, entries, layers = model.dtype, possible_formats(model.float()), {}
+
+    def look(same, names, hessian, drift):
+        ways = zip(*(gptq_layers(same, entry, hessian, None, names[0]) for entry in entries[names[0]]))
+        return layers.update(zip(names, map(list, ways))) or {}
+
+    if method == "gptq":
+        layer_by_layer(model, {name: ways[0] for name, ways in entries.items()}, batches, look, "formats", drifts=False)
+    for name in entries if method != "gptq" else ():
+        look([model.get_submodule(name)], [name], None, None)
+    losses = rounding_losses(model, layers, batches[:2])
+    model.to(dtype)
+    return entries, layers, losses
+
+
 def quantize_step(model, tokenizer, step, args):
-    """Step int8 or int4, by rtn, gptq or qat."""
-    bits, group = int(step.name[3:]), int(step.value or 32)
-    head_bits = args.head_bits or bits
-    entries = layers_to_quantize(model, bits, group, head_bits)
-    history = {"step": step.name, **({"group": group} if bits == 4 else {}), "method": step.method or "rtn",
-               "head_bits": head_bits}
+    """Step int8, int4 or mixed, by rtn, gptq or qat."""
+    mixed, drawn = step.name == "mixed", {}
+    history = {"step": step.name, "method": step.method or "rtn"}
+    if mixed or step.method == "gptq":
+        batches, drawn = calibration(model, tokenizer, args)
+    if mixed:
+        entries, plan = chosen_formats(float(step.value), *ways_to_round(model, step.method, batches))
+        history.update(plan)
+    else:
+        bits, group = int(step.name[3:]), int(step.value or 32)
+        history.update(**({"group": group} if bits == 4 else {}), head_bits=args.head_bits or bits)
+        entries = layers_to_quantize(model, bits, group, history["head_bits"])
     if step.method == "gptq":
-        batches, entry = calibration(model, tokenizer, args)
         gptq_model(model, entries, batches)
-        return model, tokenizer, {**history, **entry}
+        return model, tokenizer, {**history, **drawn}
     if step.method == "qat":
         model, history = quantization_aware_training(model, tokenizer, step, entries, history, args)
     round_to_nearest(model, entries)
-    return model, tokenizer, history
+    return model, tokenizer, {**history, **drawn}
 
 
 def dequantize_step(model, tokenizer, step, args):
@@ -581,13 +618,17 @@ def layer_by_layer(model, todo, batches, compress, title, drifts=True):
     Raises UserError as check_walk does.
     """
     body, dtype = model.model, model.dtype
+
+    def replace(layers):
+        for name, layer in layers.items():
+            model.replace(todo[name], layer)
+
     model.float().requires_grad_(False)
     check_walk(model, todo, batches[0])
     dense_streams, *_ = block_inputs(model, batches)
     if entry := todo.get("model.embed_tokens"):                  # at 8 bits it is rounded to nearest
         hessian = table_hessian(model, batches[:2]) if entry["kind"] == "int4" else None
-        replaced = compress([body.embed_tokens], ["model.embed_tokens"], hessian, None)
-        model.replace(entry, replaced["model.embed_tokens"])
+        replace(compress([body.embed_tokens], ["model.embed_tokens"], hessian, None))
     streams, rotaries, masks = block_inputs(model, batches)
     for i, block in enumerate(tqdm(body.layers, desc=title, unit="block", dynamic_ncols=True, disable=None)):
         dense_flows = [None] * len(batches)
@@ -598,12 +639,11 @@ def layer_by_layer(model, todo, batches, compress, title, drifts=True):
         streams = [next(flow)[0] for flow in flows]
         if drifts:
             dense_streams = [next(flow)[0] for flow in dense_flows]
-        for name, layer in replaced.items():
-            model.replace(todo[name], layer)
-    if entry := todo.get("lm_head"):
+        replace(replaced)
+    if "lm_head" in todo:
         finals = [unpadded(body.norm(x), batch) for x, batch in zip(streams, batches)]
         hessian = sum((x.T @ x).double() for x in finals)        # compensating the drift here was no better
-        model.replace(entry, compress([model.lm_head], ["lm_head"], hessian, None)["lm_head"])
+        replace(compress([model.lm_head], ["lm_head"], hessian, None))
     model.to(dtype).requires_grad_(True)
 
 
@@ -708,39 +748,13 @@ def low_rank(weight, rank, factor=None):
     return up, down
 
 
-def cheapest_ranks(layers, error, price=0.0):
-    """{name: (parameters, rank)} with the least error(name, parameters, rank) + price * parameters.
-
-    rank None: dense. Ranks are multiples of 32, the group of int4, that save parameters.
-    """
-    best = {}
-    for name, layer in layers.items():
-        (n_out, n_in), dense = layer.weight.shape, layer.weight.numel()
-        choices = [(rank * (n_in + n_out), rank) for rank in range(32, min(n_in, n_out), 32)]
-        choices = [(dense, None)] + [choice for choice in choices if choice[0] < dense]
-        best[name] = min(choices, key=lambda choice: error(name, *choice) + price * choice[0])
-    return best
-
-
-def even_ranks(layers, keep):
-    """{name: rank} at which each layer is nearest to the share `keep`; dense ones are left out."""
-    ranks = cheapest_ranks(layers, lambda name, size, _: abs(size - keep * layers[name].weight.numel()))
-    return {name: rank for name, (_, rank) in ranks.items() if rank}
-
-
 def best_ranks(model, layers, keep, batches):
     """{name: rank} for which all layers together keep the share `keep` and the loss grows least."""
-    errors = rank_errors(model, layers, batches)
-    budget, low, high = keep * sum(layer.weight.numel() for layer in layers.values()), 1e-30, 1e30
-
-    def bought(price):
-        return cheapest_ranks(layers, lambda name, _, rank: float(errors[name][rank]) if rank else 0.0, price)
-
-    for _ in range(100):                                         # the price of a parameter at which the budget is spent
-        price = math.sqrt(low * high)
-        over = sum(size for size, _ in bought(price).values()) > budget
-        low, high = (price, high) if over else (low, price)
-    return {name: rank for name, (_, rank) in bought(high).items() if rank}
+    ranks, errors = {n: possible_ranks(layer) for n, layer in layers.items()}, rank_errors(model, layers, batches)
+    choices = {n: [(size, float(errors[n][rank]) if rank else 0.0) for size, rank in ranks[n]] for n in ranks}
+    chosen = knapsack(choices, int(keep * sum(layer.weight.numel() for layer in layers.values())))
+    chosen = chosen or dict.fromkeys(ranks, 0)                   # a share that is too small: the least ranks
+    return {name: ranks[name][i][1] for name, i in chosen.items() if ranks[name][i][1]}
 
 
 def rank_errors(model, layers, batches):
@@ -819,6 +833,7 @@ STEPS = {
     "recover": Form(recover_step, ("STEPS",), methods=("taught", "text"), trains=("taught", "text")),
     "int8": Form(quantize_step, methods=("", "qat"), trains=("qat",)),
     "int4": Form(quantize_step, ("32", "64", "128"), "32", ("rtn", "gptq", "qat"), text=("gptq",), trains=("qat",)),
+    "mixed": Form(quantize_step, ("BITS",), methods=("gptq", "rtn", "qat"), text=("gptq", "rtn"), trains=("qat",)),
     "dequantize": Form(dequantize_step),
     "gguf": Form(gguf_step, GGUF_TYPES),
 }
@@ -852,12 +867,13 @@ def make(steps, args, stages, out=None):
 
 
 def main(argv=None):
-    """Runs a chain; hands --measure and --sweep to data/measure.py."""
+    """Runs a chain; hands --measure and --sweep to data/measure.py, --fit to data/fit.py."""
     args = parse_arguments(argv, __doc__)
     command = "python compress.py " + shlex.join(sys.argv[1:] if argv is None else argv)
-    if args.measure or args.sweep is not None:
-        from data import measure                                 # here, as measure imports this script
-        return (measure.measure_command if args.measure else measure.sweep_command)(args, command)
+    if args.measure or args.sweep is not None or args.fit:
+        from data import fit, measure                            # here, as measure imports this script
+        command_of = measure.measure_command if args.measure else fit.fit_command if args.fit else measure.sweep_command
+        return command_of(args, command)
     steps = parse_chain(args.steps, STEPS)                       # all that can be refused is refused before any work
     out = Path(args.out) if Path(args.out).name else Path(args.out).resolve()      # "." has no name to write beside
     args.out, directory, to_file = str(out), find_model(args.model), steps[-1].name == "gguf"

@@ -13,9 +13,10 @@ from data.sources import measuring_flags
 SETTINGS = ("head_bits", "calibration", "calibration_windows", "qat_steps", "lr", "seed", "smoke")
 OF_STEPS = ("calibration", "calibration_windows", "qat_steps", "lr", "resume", "seed")
 MEASURING = ("data", "text", "eval_tokens", "prompt_tokens", "new_tokens", "rounds", "threads")
-SLICING, QUANTIZING = ("ffn", "heads", "width", "depth", "vocab"), ("int8", "int4")
+SLICING, QUANTIZING = ("ffn", "heads", "width", "depth", "vocab"), ("int8", "int4", "mixed")
 # Values that are numbers: type, test, description.
 NUMBERS = {"KEEP": (float, lambda n: 0 < n <= 1, "the share that stays, above 0 and at most 1"),
+           "BITS": (float, lambda n: 4 < n < 10, "bits per weight, scales counted, above 4 and below 10"),
            "STEPS": (int, lambda n: n >= 1, "a whole number, at least 1")}
 
 
@@ -114,6 +115,8 @@ def check_order(steps, model=None):
     if model is not None:
         entries = sorted(model.compression, key=lambda entry: ".layers." not in entry["module"])     # the head last
         quantized = next((entry["kind"] for entry in entries if entry["kind"] in QUANTIZING), None)
+        steps_before = [entry["step"] for entry in model.history if entry["step"] in (*QUANTIZING, "dequantize")]
+        quantized = "mixed" if quantized and steps_before[-1:] == ["mixed"] else quantized
         structure = {entry["kind"] for entry in entries} & {"lowrank"}
         structure |= {entry["step"] for entry in model.history} & {"sparse"}
     for step in steps:
@@ -262,7 +265,8 @@ def parse_arguments(argv, description=""):
     parser = Parser(description)
     parser.usage = ("compress.py MODEL STEP [STEP ...] --out DIR [flags]\n"
                     "       compress.py --measure DIR [DIR ...] [--out DIR] [flags]\n"
-                    "       compress.py MODEL --sweep [CHAIN ...] --out DIR [flags]")
+                    "       compress.py MODEL --sweep [CHAIN ...] --out DIR [flags]\n"
+                    "       compress.py MODEL --fit LIMITS --out DIR [--minutes M] [flags]")
     add = parser.add_argument
     add("model", nargs="?", help="a model directory, or a training run's")
     add("steps", nargs="*", metavar="STEP", help="name[:value][:method], see above")
@@ -284,6 +288,9 @@ def parse_arguments(argv, description=""):
         "one process, with turns for the speed; the first is the baseline")
     add("--sweep", nargs="*", metavar="CHAIN", help="make and measure chains, each in quotes (\"width:0.5 recover:300 "
         "int8\"), stage by stage; none: a set that shows the cost and gain of each kind of step")
+    add("--fit", metavar="LIMITS", help="find, make and measure the best chain for 1MB (the file), 2000tok/s "
+        "(decoding), +2%% (bits per byte), or several with commas; the report is in DIR.fit")
+    add("--minutes", type=float, default=0.0, help="of training in a chain of --fit (default: 0, none)")
     measuring_flags(group)
     args = parser.parse_args(argv)
     check_together(args, {name for name, value in vars(args).items() if value != parser.get_default(name)})
@@ -307,7 +314,8 @@ def check_together(args, given):
 
     given: the names of the flags that are not at their default.
     """
-    sweeping, measuring = args.sweep is not None, args.measure or args.sweep is not None
+    sweeping, fitting = args.sweep is not None, getattr(args, "fit", None)
+    measuring = args.measure or sweeping or fitting
     of_steps, of_measuring = (" and ".join(flag(name) for name in names if name in given)
                               for names in (OF_STEPS, MEASURING))
     for wrong, message in (
@@ -320,13 +328,18 @@ def check_together(args, given):
             (sweeping and (args.steps or not args.model or not args.out),
              "--sweep is written compress.py MODEL --sweep --out DIR, or with chains of your own, each in quotes: "
              "compress.py MODEL --sweep \"width:0.75 recover:95\" int8 --out DIR"),
+            (fitting and (args.steps or not args.model or not args.out or args.measure or sweeping),
+             "--fit is written compress.py MODEL --fit 1MB --out DIR: it finds the steps by itself"),
+            ("minutes" in given and not fitting, "--minutes belongs to --fit; in a chain recover:STEPS trains"),
             (not measuring and not args.steps, "give a model and at least one step (compress.py MODEL int8 --out DIR), "
              "or models to compare (compress.py --measure DIR DIR); see compress.py --help"),
             (not measuring and not args.out, "--out is missing: the model directory, or the file of gguf, to write"),
-            (not measuring and of_measuring, f"{of_measuring} belongs to --measure DIR [DIR ...] and --sweep")):
+            (not measuring and of_measuring, f"{of_measuring} belongs to --measure DIR [DIR ...], --sweep and --fit")):
         if wrong:
             raise UserError(message)
     check_least(args, eval_tokens=0, prompt_tokens=0, new_tokens=0, rounds=1, threads=0)
+    if fitting:
+        check_least(args, minutes=0)
     if measuring and args.smoke:
         args.eval_tokens, args.prompt_tokens, args.new_tokens, args.rounds = 1024, 16, 8, 2
 
@@ -336,7 +349,8 @@ def check_flags(args, steps):
     text, training = needs_text(steps), needs_training(steps)
     calibrates = any(step.text and not step.trains and step.name != "vocab" for step in steps)
     for name, given, needs, there in (
-            ("head_bits", args.head_bits, "quantizes: int8 or int4", any(step.name in QUANTIZING for step in steps)),
+            ("head_bits", args.head_bits, "rounds all alike: int8 or int4 (mixed chooses for itself)",
+             any(step.name in ("int8", "int4") for step in steps)),
             ("calibration", args.calibration, "looks at text: int4:gptq, sparse, lowrank, width, recover, ...", text),
             ("calibration_windows", args.calibration_windows != 128, "calibrates: int4:gptq, sparse, lowrank, width, "
              "...", calibrates),

@@ -21,7 +21,8 @@ GGUF_NAMES = {                              # the Hub's name: GGUF's; that of a 
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "attention_out_norm": "post_attention_norm", "mlp_out_norm": "post_ffw_norm"}
-GGUF_STORED = {"int8": "q8_0", "int4": "q4_0"}         # the type of quantized layers: same integers, same scales
+# The type of quantized layers: same integers, same scales. mixed: each layer its own, in a file called q4_0.
+GGUF_STORED = {"int8": "q8_0", "int4": "q4_0", "mixed": "q4_0"}
 GGUF_FUSED = {"gpt2": {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv"}}
 GGUF_FUSED["gptneox"] = GGUF_FUSED["gpt2"]
 GGUF_FUSED["phi3"] = {**GGUF_FUSED["gpt2"], "ffn_gate": "ffn_up"}        # the rows of the gate come first
@@ -109,6 +110,8 @@ def stored_blocks(layer):
 def gguf_mismatch(model, kind):
     """The reason why quantized layers do not fit a file of this type, as text; None: they fit."""
     blocks = {e["kind"] for e in model.compression if ".layers." in e["module"]}
+    rounding = [e["step"] for e in model.history if e["step"] in (*GGUF_STORED, "dequantize")]
+    blocks = {"mixed"} if blocks and rounding[-1:] == ["mixed"] else blocks
     fit = {GGUF_STORED[k] for k in blocks}
     if fit and kind not in fit:
         return (f"gguf:{kind}: the model's layers are {' and '.join(sorted(blocks))}, which goes unchanged into "
@@ -347,7 +350,8 @@ def write_gguf(model, tokenizer, kind, path, name="model"):
 
     kind  f32, f16, q8_0 or q4_0: the type of matrices. Vectors (norms, biases) stay f32; a matrix
           whose rows do not divide into blocks of 32 stays f16 and is named on standard output.
-          Quantized layers keep integers and scales, and must be of this kind in the blocks
+          Quantized layers keep integers and scales, and must be of this kind in the blocks; those of
+          the step mixed keep their own kinds in a file of kind q4_0
     Raises UserError for a model that llama.cpp cannot express, and without the gguf package.
     """
     gguf, config = import_gguf(), model.config

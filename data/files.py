@@ -19,7 +19,7 @@ LABELS = Kind("cache of labels", "header.json", "teacher", {
     "header.json", "lengths.bin", "ids.bin", "counts.bin", "offsets.bin"})
 RUN = {"log.jsonl", "log.jsonl.new", "loss.png", "report.md", "report.json", "report.png", "samples.jsonl"}
 REPORT = {"results.jsonl", "report.md", "tradeoff.png"}
-EVERYTHING = MODEL.names | DATASET.names | LABELS.names | RUN | REPORT | {"chain.json", "chain.json.new"}
+EVERYTHING = MODEL.names | DATASET.names | LABELS.names | RUN | REPORT | {"chain.json", "chain.json.new", "fit.json"}
 
 
 def named(path):

@@ -11,6 +11,7 @@ from data.conversation import answers
 from data.encoding import encode_examples
 from data.files import write_json
 from data.loader import Batch, Windows, read_meta, stream_batches
+from data.machine import to_device
 from data.prepare import find
 from data.records import holds_records
 from data.tokenizer import Tokenizer
@@ -81,6 +82,23 @@ def calibration_rows(source, tokenizer, context, count, seed):
     starts = np.random.default_rng(seed).permutation((len(ids) - 1) // context)[:count] * context
     rows = torch.from_numpy(np.stack([ids[i:i + context + 1] for i in starts]).astype(np.int64))
     return source.name, Batch(rows[:, :-1], rows[:, 1:], None)
+
+
+def calibration(model, tokenizer, args):
+    """Draws --calibration-windows windows by --seed: ([Batch of 8, ...], entries for the history).
+
+    Windows of prepared data come from the training split; a text file is encoded by the tokenizer.
+    The batches are on the model's device.
+    """
+    source, context = calibration_data(model, tokenizer, args), calibration_context(model)
+    name, drawn = calibration_rows(source, tokenizer, context, args.calibration_windows, args.seed)
+    count, digest = len(drawn.ids), hashlib.sha256(drawn.ids.numpy().tobytes()).hexdigest()[:12]
+    print(f"calibration: {count} windows of {context} tokens from {name}, seed {args.seed}, sha256 {digest}",
+          flush=True)
+    text = {"data": name, "windows": count, "context": context, "sha256": digest}
+    drawn = to_device(drawn, next(model.parameters()).device)
+    batches = [Batch(*(None if t is None else t[i:i + 8] for t in drawn)) for i in range(0, count, 8)]
+    return batches, {"calibration": text, "seed": args.seed}
 
 
 def ids_of_text(source, tokenizer):

@@ -200,6 +200,26 @@ def candidate_sizes(step, model):
     return sizes
 
 
+def possible_ranks(layer):
+    """[(parameters, rank), ...]: ranks are multiples of 32, the group of int4; the last: dense, None."""
+    (n_out, n_in), dense = layer.weight.shape, layer.weight.numel()
+    sizes = [(rank * (n_in + n_out), rank) for rank in range(32, min(n_in, n_out), 32)]
+    return [size for size in sizes if size[0] < dense] + [(dense, None)]
+
+
+def even_ranks(layers, keep):
+    """{name: rank} at which each layer is nearest to the share `keep`; dense ones are left out."""
+    ranks = {name: min(possible_ranks(layer)[::-1], key=lambda size: abs(size[0] - keep * layer.weight.numel()))[1]
+             for name, layer in layers.items()}
+    return {name: rank for name, rank in ranks.items() if rank}
+
+
+def check_storable(step, name, layer):
+    """Raises UserError for weights whose scales float16 cannot hold."""
+    if not layer.weight.detach().abs().max() <= 65504:
+        raise UserError(f"{step}: {name} has weights that are infinite, not numbers, or too large for float16")
+
+
 def prune_report(step, before, after, method=""):
     """Prints the change of sizes and returns the history entry."""
     pairs = {name: [getattr(model.config, name) for model in (before, after)] for name in SIZES}

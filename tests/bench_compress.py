@@ -4,6 +4,7 @@
     python tests/bench_compress.py DIR --chains int8 int4:32:gptq --text test.txt --calibration valid.txt
     python tests/bench_compress.py --kernels                # products alone, by shape: quantized against float32
     python tests/bench_compress.py out --orders             # a cut, low rank, recovery and rounding in all legal orders
+    python tests/bench_compress.py out --fit 1.27MB 634kB 423kB --minutes 1     # --fit beside chains made by hand
 
 Each chain of steps is compress.py's own command in a process of its own, whose time and peak memory are printed; then
 one `compress.py --measure` compares all results with the model they came from. Results are kept in --work, and a chain
@@ -19,9 +20,10 @@ import torch
 from torch import nn
 
 import compress
-from data import native
+from data import fit, native
 from data.chain import needs_text, parse_chain
-from model import Int4Linear, Int8Linear
+from data.checkpoints import find_model
+from model import Int4Linear, Int8Linear, load
 
 CHAINS = ("int8", "int4:32:rtn", "int4:32:gptq", "int4:32:qat")
 SHAPES = {"2.6M: q, o": (160, 160), "2.6M: gate, up": (480, 160), "2.6M: head": (4096, 160),
@@ -86,6 +88,39 @@ def bench_orders(args, work):
               f"{mean / dense - 1:+.2%} |")
 
 
+# By hand, at a limit: the KEEP at which the file fits, as much training, and one way of rounding for all.
+BY_HAND = (("width:{keep:.2f} recover:{steps} int4:gptq", 4.5), ("depth:{keep:.2f} recover:{steps} int4:gptq", 4.5),
+           ("vocab:{keep:.2f} recover:{steps} int4:gptq", 4.5), ("width:{keep:.2f} recover:{steps} int8", 8.2))
+UNIFORM = ("recover:{steps} int4:gptq", "recover:{steps} int8")
+
+
+def bench_fit(args, work):
+    """Prints, for each limit on the file, what --fit chose and foresaw, and chains by hand that end in such a file."""
+    text = ["--text", args.text] if args.text else []
+    common = [*text, "--eval-tokens", args.eval_tokens, "--rounds", "1", *(["--calibration", args.calibration] if args.calibration else [])]
+    lines = []
+    for limit in args.fit:
+        out, start = work / f"fit-{limit}", time.perf_counter()
+        if not (work / f"fit-{limit}.fit" / "report.md").exists():
+            subprocess.run([sys.executable, str(ROOT / "compress.py"), str(args.model), "--fit", limit, "--minutes", str(args.minutes),
+                            "--out", str(out), "--overwrite", *common], check=True)
+        report = (work / f"fit-{limit}.fit" / "report.md").read_text(encoding="utf-8")
+        lines += [f"{limit}, {time.perf_counter() - start:,.0f} s:", *(l for l in report.splitlines() if "chosen" in l)]
+        most, chain = fit.Limits.parse(limit).bytes, next(l for l in report.splitlines() if "python compress.py" in l)
+        steps = next((word.split(":")[1] for word in chain.split() if word.startswith("recover:")), None)
+        model = load(find_model(args.model))
+        shares = [(form, most * 8 / bits / model.parameters_count() - 0.015) for form, bits in BY_HAND]
+        chains = [form.format(keep=keep, steps=steps) for form, keep in shares if 0.1 < keep < 1] + [u.format(steps=steps) for u in UNIFORM]
+        chains = [c if steps else " ".join(w for w in c.split() if not w.startswith("recover")) for c in chains]
+        subprocess.run([sys.executable, str(ROOT / "compress.py"), str(args.model), "--sweep", *chains, "--out", str(work / f"hand-{limit}"),
+                        *common, "--resume"], check=True)
+        rows = [json.loads(line) for line in (work / f"hand-{limit}" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines += [f"| by hand: {row['name']} | {row['file_bytes'] / 1e6:.3f} | {row['bits_per_byte']:.4f} | "
+                  f"{row['bits_per_byte'] / rows[0]['bits_per_byte'] - 1:+.2%} | {'' if row['file_bytes'] <= most else 'too large'} |"
+                  for row in rows]
+    print("\n" + "\n".join(lines))
+
+
 def run_chain(model, chain, out, calibration):
     """compress.py in a process of its own; (seconds, peak bytes), kept beside the result."""
     note = out.with_name(out.name + ".json")
@@ -114,6 +149,8 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="of --orders: does it run?")
     parser.add_argument("--calibration", help="for steps that look at text (default: what the model was trained on)")
     parser.add_argument("--work", type=Path, help="default: out-bench beside the model")
+    parser.add_argument("--fit", nargs="+", metavar="LIMIT", help="only compress.py --fit, beside chains by hand")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of training, of --fit")
     parser.add_argument("--kernels", action="store_true", help="only the products, by shape")
     args = parser.parse_args()
     if args.kernels:
@@ -124,6 +161,8 @@ def main():
     work.mkdir(parents=True, exist_ok=True)
     if args.orders:
         return bench_orders(args, work)
+    if args.fit:
+        return bench_fit(args, work)
     outs = {chain: work / chain.replace(":", "-").replace(" ", "+") for chain in args.chains}
     costs = {chain: run_chain(args.model, chain, out, args.calibration) for chain, out in outs.items()}
     text = ["--text", args.text] if args.text else []

@@ -364,7 +364,7 @@ def test_the_command_writes_and_overwrites_only_when_told(directory, tmp_path, c
 
 
 @pytest.mark.parametrize("steps, match", [
-    (["ggfu:q8_0"], "no step 'ggfu'; did you mean gguf"), (["zzz"], "no step 'zzz'; there is .*int8, int4, dequantize, gguf"), (["gguf"], r"gguf is written gguf:f32\|f16\|q8_0\|q4_0"),
+    (["ggfu:q8_0"], "no step 'ggfu'; did you mean gguf"), (["zzz"], "no step 'zzz'; there is .*int8, int4, mixed, dequantize, gguf"), (["gguf"], r"gguf is written gguf:f32\|f16\|q8_0\|q4_0"),
     (["gguf:q8"], "gguf is written gguf:f32.*did you mean q8_0"), (["gguf:q8_0:fast"], "gguf is written gguf:f32"),
     (["gguf:f32", "gguf:f16"], "gguf must be the last step"), (["gguf:f32:a:b"], "too many parts")])
 def test_wrong_steps(steps, match, directory, tmp_path):

@@ -1,0 +1,258 @@
+"""compress.py --fit and the step mixed: a knapsack against all plans, sizes against files, limits that cannot be met."""
+import contextlib, io, itertools, json, random
+
+import pytest
+import torch
+
+import compress
+from data import UserError, fit, formats, machine, measure
+from data.checkpoints import checkpoint_hash
+from data.loader import Windows
+from data.prepare import prepare
+from data.structure import dense_layers
+from data.tokenizer import Tokenizer
+from model import load, save
+from shared import fresh_logits, trained
+
+TINY = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, max_position_embeddings=32)
+WORDS = "the quick brown fox jumps over lazy dogs while seven wizards quietly mix fine black potions behind great oaks".split()
+LINES = [f"def {WORDS[i % 18]}_{WORDS[i * i % 17]}(x, y={i % 7}):\n    return x * {i % 13} + y - {i % 5}\n\n\n" for i in range(300)]
+QUICK = ("--new-tokens", 4, "--rounds", 1, "--eval-tokens", 1024, "--calibration-windows", 8)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """lines/ (prepared), dense/ and tied/ (trained on it), one/ (one layer), unknown/ (no history)."""
+    root = tmp_path_factory.mktemp("fit")
+    (root / "text.txt").write_text("".join(LINES), encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare("lines", [root / "text.txt"], out=root / "lines", vocab_size=320)
+    windows, tokenizer = Windows(root / "lines", "train", 32), Tokenizer.load(root / "lines")
+    for name, changes in (("dense", {}), ("tied", dict(tie_word_embeddings=True)), ("one", dict(num_hidden_layers=1))):
+        model = trained(windows, 60, **{**TINY, **changes})
+        if name == "dense":
+            save(model, root / "unknown", tokenizer)
+        model.history = [{"step": "train", "data": "lines", "data_sha256": windows.meta["sha256"], "context": 32}]
+        save(model, root / name, tokenizer)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def quick(root, monkeypatch):
+    """Beside the data, where its name finds it; no time spent on what the machine can do, nor on each row's peak."""
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(machine, "matmul_rate", lambda *args: 1e9)
+    monkeypatch.setattr(measure, "peak_alone", lambda *args: (2_000_000, 1_000_000))
+
+
+def run(*argv):
+    compress.main(list(map(str, argv)))
+
+
+def kinds(model):
+    return {e["module"]: (e["kind"], e.get("group")) for e in model.compression}
+
+
+# --- the knapsack ---
+
+def test_the_knapsack_is_the_best_of_all_plans():
+    draw = random.Random(0)
+    for trial in range(60):
+        unit = draw.choice((1, 24, 96))
+        choices = {str(n): [(unit * draw.randint(1, 30), draw.random()) for _ in range(draw.randint(1, 4))] for n in range(5)}
+        budget = draw.randint(40, 100) * unit
+        plans = [(sum(loss for _, loss in plan), sum(cost for cost, _ in plan)) for plan in itertools.product(*choices.values())]
+        least = min((loss for loss, cost in plans if cost <= budget), default=None)
+        chosen = formats.knapsack(choices, budget)
+        if least is None:
+            assert chosen is None
+            continue
+        assert sum(choices[n][i][0] for n, i in chosen.items()) <= budget
+        assert sum(choices[n][i][1] for n, i in chosen.items()) == pytest.approx(least)
+        coarse = formats.knapsack(choices, budget, cells=50)                 # rounded up: never too much
+        assert sum(choices[n][i][0] for n, i in coarse.items()) <= budget
+
+
+def test_spans():
+    assert formats.spans([0, 1, 2, 5, 7, 8]) == "0-2 5 7-8" and formats.spans([]) == ""
+
+
+# --- the step mixed ---
+
+def test_the_loss_of_rounding_is_predicted(root, monkeypatch):
+    """Of each layer and format: the KL divergence of the model with that layer alone rounded, to a factor of two."""
+    model = load(root / "dense").requires_grad_(False)
+    rows = Windows(root / "lines", "train", 32).training_rows(3, 0, 128)
+    batches = [type(rows)(rows.ids[i:i + 8], rows.targets[i:i + 8], None) for i in range(0, 128, 8)]
+    entries, layers, _ = compress.ways_to_round(model, "rtn", batches[:2])
+    losses = compress.rounding_losses(model, layers, batches)
+    base, ratios = model(rows.ids).log_softmax(-1), []
+    for name, layer in dense_layers(model).items():
+        dense = layer.weight.detach().clone()
+        for entry, rounded, loss in zip(entries[name], layers[name], losses[name]):
+            if entry["kind"] == "int4":
+                with torch.no_grad():
+                    layer.weight.copy_(rounded.dense())
+                    kl = float((base.exp() * (base - model(rows.ids).log_softmax(-1))).sum(-1).mean())
+                    layer.weight.copy_(dense)
+                ratios.append(loss / kl)
+    assert len(ratios) > 20 and 0.4 < min(ratios) and max(ratios) < 2.5 and 0.7 < sorted(ratios)[len(ratios) // 2] < 1.4, sorted(ratios)
+
+
+def test_no_plan_of_a_small_model_is_better(root, monkeypatch):
+    """All 2^9 plans of int4 in groups of 32 and int8: none that is as small has less loss by the same measure."""
+    monkeypatch.setattr(formats, "FORMATS", ({"kind": "int4", "group": 32}, {"kind": "int8"}))
+    found = {}
+    whole = compress.chosen_formats
+    monkeypatch.setattr(compress, "chosen_formats", lambda bits, *ways: found.update(ways=ways) or whole(bits, *ways))
+    run(root / "one", "mixed:5.5:rtn", "--calibration-windows", 8, "--out", root / "m-one")
+    _, layers, losses = found["ways"]
+    chosen = [int(kind == "int8") for kind, _ in kinds(load(root / "m-one")).values()]
+    costs = [[8 * (q.q.nbytes + q.scales.nbytes) for q in layers[name]] for name in layers]
+    budget = 5.5 * sum(layer.weight.numel() for layer in dense_layers(load(root / "one")).values())
+    plans = {plan: sum(losses[n][i] for n, i in zip(layers, plan)) for plan in itertools.product((0, 1), repeat=len(layers))
+             if sum(c[i] for c, i in zip(costs, plan)) <= budget}
+    assert len(plans) > 50 and plans[tuple(chosen)] == pytest.approx(min(plans.values())) and 0 < sum(chosen) < len(chosen)
+
+
+@pytest.mark.parametrize("name", ["dense", "tied"])
+def test_mixed(root, tmp_path, name, capsys):
+    run(root / name, "mixed:5.25", "--calibration-windows", 8, "--out", tmp_path / "m")
+    model, weights = load(tmp_path / "m"), sum(layer.weight.numel() for layer in dense_layers(load(root / name)).values())
+    stored = sum(8 * (m.q.nbytes + m.scales.nbytes) for m in {id(m): m for m in model.modules() if hasattr(m, "scales")}.values())
+    assert len({kind for kind, _ in kinds(model).values()}) == 2 and 5.0 < stored / weights <= 5.25
+    entry = model.history[-1]
+    assert entry["step"] == "mixed" and entry["bits"] == 5.25 and entry["method"] == "gptq" and "int8" in entry["plan"]
+    assert f"mixed: {stored / weights:.3f} bits per weight" in capsys.readouterr().out
+    ids = torch.arange(40).view(2, 20) * 7 % 250
+    assert torch.equal(fresh_logits(tmp_path, ["m"], ids)["m"], model(ids).detach())
+    run(root / name, "mixed:5.25", "--calibration-windows", 8, "--out", tmp_path / "again")
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="int4 comes after mixed, which has quantized the model already"):
+        run(tmp_path / "m", "int4", "--out", tmp_path / "x")
+    with pytest.raises(UserError, match="gguf:q8_0 comes after mixed, .*gguf:q4_0 only"):
+        run(tmp_path / "m", "gguf:q8_0", "--out", tmp_path / "x.gguf")
+
+
+def test_mixed_goes_into_one_gguf_file(root, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    run(root / "dense", "mixed:6", "gguf:q4_0", "--calibration-windows", 8, "--out", tmp_path / "m.gguf")
+    run(root / "dense", "mixed:6", "--calibration-windows", 8, "--out", tmp_path / "m")
+    types = [t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors]
+    wanted = [kind for kind, _ in kinds(load(tmp_path / "m")).values()]
+    assert types.count("Q8_0") == wanted.count("int8") > 0 and types.count("Q4_0") == wanted.count("int4") > 0
+
+
+@pytest.mark.parametrize("argv, match", [
+    (["mixed"], "mixed is written mixed:BITS"), (["mixed:3"], "bits per weight, scales counted, above 4 and below 10"),
+    (["mixed:4.01"], r"take at least 4\.\d+ bits per weight"), (["mixed:5", "recover:3"], "recover comes after mixed"),
+    (["mixed:5", "--head-bits", "8"], "--head-bits needs a step that rounds all alike")])
+def test_mixed_refuses(root, tmp_path, argv, match):
+    with pytest.raises(UserError, match=match):
+        run(root / "dense", *argv, "--out", tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+# --- limits ---
+
+@pytest.mark.parametrize("text, want", [("1MB", (1e6, None, None)), ("0.5mb, +2%", (5e5, None, 2.0)), ("2000tok/s", (None, 2000.0, None)),
+                                        ("+.5%,800kB,3tok/s", (8e5, 3.0, 0.5))])
+def test_limits(text, want):
+    assert fit.dataclasses.astuple(fit.Limits.parse(text)) == want
+
+
+@pytest.mark.parametrize("text", ["", "1", "1MB,2MB", "+-1%", "2%", "0kB", "1.2.3MB", "nanMB", "fast"])
+def test_what_is_no_limit(root, tmp_path, text):
+    with pytest.raises(UserError, match="--fit.*a limit is written 1MB" if text else "give a model and at least one step"):
+        run(root / "dense", "--fit", text, "--out", tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_are_exact(root, tmp_path):
+    for name, chain in (("dense", ["int8"]), ("dense", ["int4"]), ("tied", ["int4"]), ("tied", ["lowrank:0.6:svd", "int8"])):
+        run(root / name, *chain, "--out", tmp_path / "m", "--overwrite")
+        made = load(tmp_path / "m")
+        run(tmp_path / "m", "dequantize", "--out", tmp_path / "d", "--overwrite")
+        dense = load(tmp_path / "d")
+        entries = [entry for entry in made.compression if entry["kind"] != "lowrank"]
+        assert fit.file_bytes(dense, entries) == (tmp_path / "m" / "model.safetensors").stat().st_size
+        assert fit.file_bytes(dense, []) == (tmp_path / "d" / "model.safetensors").stat().st_size
+
+
+def test_a_fitted_model_comes_back_bit_for_bit(root, tmp_path, capsys):
+    whole = (root / "dense" / "model.safetensors").stat().st_size
+    limit = f"{whole * 0.14 / 1e3:.0f}kB"
+    run(root / "dense", "--fit", limit, "--out", tmp_path / "m", *QUICK)
+    out = capsys.readouterr().out
+    size = (tmp_path / "m" / "model.safetensors").stat().st_size
+    assert size <= float(limit[:-2]) * 1e3 and sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.fit"]
+    words = next(line for line in out.splitlines() if "python compress.py" in line).split()[3:]
+    steps = words[:words.index("--out")]
+    run(root / "dense", *steps, "--calibration-windows", 8, "--out", tmp_path / "again")
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "m" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "m.fit" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert checkpoint_hash(tmp_path / "m") in {row["sha256"] for row in rows} and rows[0]["name"] == "dense"
+    chosen = next(row for row in rows if row["sha256"] == checkpoint_hash(tmp_path / "m"))
+    assert chosen["bits_per_byte"] == min(row["bits_per_byte"] for row in rows[1:] if row["file_bytes"] <= float(limit[:-2]) * 1e3)
+    assert out.count("<- chosen") == 1 and (tmp_path / "m.fit" / "tradeoff.png").is_file()
+
+
+def test_a_limit_of_the_loss_gives_the_smallest_file(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "CUTS", ("depth",))
+    run(root / "dense", "--fit", "+3%", "--out", tmp_path / "m", *QUICK)
+    rows = [json.loads(line) for line in (tmp_path / "m.fit" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    fits = [row for row in rows[1:] if row["bits_per_byte"] <= 1.03 * rows[0]["bits_per_byte"]]
+    size = (tmp_path / "m" / "model.safetensors").stat().st_size
+    assert size == min(row["file_bytes"] for row in fits) < rows[0]["file_bytes"] / 3
+
+
+@pytest.mark.parametrize("limits, match", [
+    ("1kB", r"less than a fifth of the weights in four bits; the nearest that can be is \d+kB"), ("9MB", "has .* MB and meets that as it is"),
+    ("65kB,+0.00001%", r"no chain should meet it; the nearest is .*MB, \+\d+\.\d\d % bits per byte"),
+    ("9999999tok/s", "no chain .*; the nearest is .*tokens/s")])
+def test_limits_that_cannot_be_met(root, tmp_path, limits, match, monkeypatch):
+    monkeypatch.setattr(fit, "CUTS", ("depth",))
+    with pytest.raises(UserError, match=match):
+        run(root / "dense", "--fit", limits, "--out", tmp_path / "m", *QUICK)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("argv, match", [
+    (["--fit", "30kB"], "--fit is written compress.py MODEL --fit 1MB --out DIR"),
+    (["int8", "--fit", "30kB", "--out", "m"], "--fit is written"), (["int8", "--minutes", "1", "--out", "m"], "--minutes belongs to --fit"),
+    (["--fit", "30kB", "--minutes", "-1", "--out", "m"], "--minutes is -1.0; it must be at least 0")])
+def test_wrong_commands(root, argv, match):
+    with pytest.raises(UserError, match=match):
+        run(root / "dense", *argv)
+    assert not (root / "m").exists()
+
+
+def test_without_text_for_calibration(root, tmp_path):
+    with pytest.raises(UserError, match="give --data .* or --text"):
+        run(root / "unknown", "--fit", "30kB", "--out", tmp_path / "m", *QUICK)
+    with pytest.raises(UserError, match="give --calibration, prepared data or a text file"):
+        run(root / "unknown", "--fit", "30kB", "--text", root / "text.txt", "--out", tmp_path / "m", *QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_that_was_stopped_goes_on(root, tmp_path, monkeypatch, capsys):
+    whole = (root / "dense" / "model.safetensors").stat().st_size
+    command = (root / "dense", "--fit", f"{whole * 0.12 / 1e3:.0f}kB", "--minutes", 0.01, "--out", tmp_path / "m", *QUICK)
+    ruler = measure.ruler
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "ruler", stopped)
+    monkeypatch.setattr(fit, "CUTS", ("width",))
+    with pytest.raises(KeyboardInterrupt):
+        run(*command)
+    assert "m.stages: the same command with --resume goes on from there" in capsys.readouterr().err
+    made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "m.stages").iterdir()}
+    assert any("recover" in name for name in made)
+    monkeypatch.setattr(measure, "ruler", ruler)
+    monkeypatch.setattr(compress, "slice_model", None)                         # it must not be called again
+    run(*command, "--resume")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.fit"] and load(tmp_path / "m").history[-1]["step"] in ("mixed", "int4", "int8")
