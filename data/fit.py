@@ -160,6 +160,12 @@ def cuts_to_try(base, limits, model):
     return [words for words in cuts if all(word.split(":")[0] in CUTS for word in words)]
 
 
+def trained(words, steps):
+    """A cut with a training: low rank comes after it, as it repairs itself on calibration text."""
+    low_rank = [word for word in words if word.startswith("lowrank")]
+    return [*(word for word in words if word not in low_rank), f"recover:{steps}", *low_rank]
+
+
 class Search:
     """The search of one --fit: models of the chains, and what they lose on calibration text."""
     def __init__(self, args, directory, stages):
@@ -268,12 +274,12 @@ class Search:
         cuts = [cut for cut in cuts if not limits.bytes or cut.size(cut.least) <= limits.bytes]
         cuts.sort(key=lambda cut: cut.loss)
         for cut in cuts[:TRIALS] if self.steps >= 2 * SHORT else ():
-            _, _, loss = self.made([*cut.words, f"recover:{self.steps // SHORT}"])
+            _, _, loss = self.made(trained(cut.words, self.steps // SHORT))
             cut.expected = min(loss, loss * SHORT ** -DECAY)
         if self.steps >= 2 * SHORT:
             cuts = cuts[:TRIALS]
         for cut in cuts if self.steps else ():
-            cut.words = [*cut.words, f"recover:{self.steps}"]
+            cut.words = trained(cut.words, self.steps)
         return cuts
 
 
