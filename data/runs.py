@@ -96,8 +96,11 @@ class Run:
         """Prints how often the run reads the training text."""
         if self.reading:
             decay, dropout, average = self.regularization()
-            say(self.machine, f"{self.total:,} steps: {readings_line(self.readings(self.total))}; weight decay "
-                f"{decay / self.cfg.matrix_lr:.2g}, dropout {dropout:g}, weights averaged over {average} steps")
+            chosen = [f"weight decay {decay / self.cfg.matrix_lr:.2g}"] * (decay > 0)
+            chosen += [f"dropout {dropout:.2g}"] * (dropout > 0)
+            chosen += [f"weights averaged over {average} steps"] * (average > 0)
+            say(self.machine, f"{self.total:,} steps: {readings_line(self.readings(self.total))}" +
+                f"; {', '.join(chosen)}" * bool(chosen))
 
     def readings(self, steps):
         """{name: how often that text has been read} after a number of steps, the main text first."""

@@ -495,7 +495,7 @@ def test_head_bits(head_bits, kinds, made, tmp_path):
         assert type(model.model.layers[0].mlp.up_proj) is LAYERS[step]
         if head_bits == 16 and source == "tied":
             assert model.lm_head.weight is model.model.embed_tokens.weight
-    with pytest.raises(UserError, match="--head-bits needs a step that quantizes"):
+    with pytest.raises(UserError, match="--head-bits needs a step that rounds all alike"):
         run(made / "int8", "dequantize", "--head-bits", head_bits, "--out", tmp_path / "m")
 
 
