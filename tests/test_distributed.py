@@ -79,7 +79,7 @@ def data(tmp_path_factory):
 def runs(data, tmp_path_factory):
     """A folder of runs: what one process did, and what two did, all in one start of torchrun."""
     folder, patch, write = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch(), Log.write
-    flags = lambda name, *more: ["--data", data, "--out", folder / name, *TINY, *more]
+    flags = lambda name, *more: ["--data", data, "--out", folder / name, *TINY, "--average", 4, *more]
     alone = lambda *flags: train.main(list(map(str, flags)))
     for name in ("picture", "show_sample"):
         patch.setattr(train, name, lambda *_: 1e9)
@@ -108,10 +108,11 @@ def runs(data, tmp_path_factory):
 
 
 def furthest(a, b):
-    """The largest relative distance of two runs' weights and momenta (norm of the difference / norm). The whole state
+    """The largest relative distance of two runs' weights, averages and momenta (norm of the difference / norm). The whole state
     has the same shapes."""
-    (oa, wa), (ob, wb) = state(a), state(b)
-    pairs = [(wa[k], wb[k]) for k in wb]
+    (oa, aa, wa), (ob, ab, wb) = state(a), state(b)
+    pairs = [(wa[k], wb[k]) for k in wb] + list(zip(aa, ab, strict=True))
+    assert ab                                           # --average
     for x, y in zip(oa, ob, strict=True):
         assert [g["params"] for g in x["param_groups"]] == [g["params"] for g in y["param_groups"]]
         assert x["state"].keys() == y["state"].keys()
@@ -145,7 +146,7 @@ def test_half_precision_sharded_is_half_precision_whole(runs, dtype):
 def test_settings_that_differ_are_named_and_one_process_says_so(runs):
     silent, said = sorted(((runs / f"0.{rank}").read_text(encoding="utf-8") for rank in "01"), key=len)
     assert silent == "SystemExit(2)" and not (runs / "differ").exists()
-    assert said.startswith("UserError") and "different lr (0.015 and 0.5), weight_decay (0.0 and 0.1): give all the same" in said
+    assert said.startswith("UserError") and "different lr (0.015 and 0.5), weight_decay (-1.0 and 0.1): give all the same" in said
 
 
 def kill_one(p, folder, rng, after=lambda: True):
