@@ -13,7 +13,7 @@ from model import load
 
 from test_train import ROOT, equal, state, steps
 
-TINY = ("--layers 2 --width 32 --heads 2 --context 32 --batch-size 8 --warmup 3 --evals 2 --eval-tokens 512 --dtype float32 "
+TINY = ("--layers 2 --width 32 --heads 2 --context 32 --batch-size 8 --warmup 3 --evals 2 --eval-tokens 512 --average 4 --dtype float32 "
         "--save-seconds 1e9 --steps 20").split()
 # What each process does: {"flags": [...], "stop": a step after which Ctrl-C comes, "others": flags of all but the first}
 WORKER = """
@@ -79,7 +79,7 @@ def data(tmp_path_factory):
 def runs(data, tmp_path_factory):
     """A folder of runs: what one process did, and what two did, all in one start of torchrun."""
     folder, patch, write = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch(), Log.write
-    flags = lambda name, *more: ["--data", data, "--out", folder / name, *TINY, "--average", 4, *more]
+    flags = lambda name, *more: ["--data", data, "--out", folder / name, *TINY, *more]
     alone = lambda *flags: train.main(list(map(str, flags)))
     for name in ("picture", "show_sample"):
         patch.setattr(train, name, lambda *_: 1e9)
@@ -108,8 +108,8 @@ def runs(data, tmp_path_factory):
 
 
 def furthest(a, b):
-    """The largest relative distance of two runs' weights, averages and momenta (norm of the difference / norm). The whole state
-    has the same shapes."""
+    """The largest relative distance of two runs' weights, averages and momenta (norm of the difference / norm). The
+    whole state has the same shapes."""
     (oa, aa, wa), (ob, ab, wb) = state(a), state(b)
     pairs = [(wa[k], wb[k]) for k in wb] + list(zip(aa, ab, strict=True))
     assert ab                                           # --average
