@@ -3,7 +3,6 @@
     python distill.py out --cache --control --out out-student     # the teacher runs once; a control
     python distill.py out --out out-student                       # the teacher runs in every step
     python distill.py out --student-layers 3 --init teacher-layers --loss jsd --beta 0.5 --out DIR
-    python distill.py out --init again --out out-again            # little text: once more, taught
     python distill.py out --init random --student-width 96 --hidden cosine --out DIR
     python distill.py out --student PRUNED_DIR --attention-weight 1 --on-policy 0.3 --out DIR
     python distill.py out --exits 1 --out out-exits               # for sample.py --self-draft 1
@@ -54,7 +53,7 @@ class DistillConfig(train.TrainConfig):
     out: str = "out-student"        # the run's directory
     # the student
     student: str = ""               # start from this model directory, for example a pruned one
-    init: str = "teacher-layers"    # teacher-layers (every k-th, as DistilBERT), random, or again (see AGAIN below)
+    init: str = "teacher-layers"    # teacher-layers (every k-th, as DistilBERT) or random
     layer_map: str = ""             # the teacher's layer for each of the student's, from 0: 0,2,5; "": spread evenly
     student_layers: int = 0         # transformer blocks; 0: the most with 60 % of the parameters, or half
     student_width: int = 0          # with --init random: channels of the residual stream; 0: the teacher's
@@ -84,9 +83,6 @@ class DistillConfig(train.TrainConfig):
     control_steps: int = 0          # steps of the control, planned when the run begins
 
 
-# Of little text a second model of the teacher's shape, from random weights, learns more than the first one in as much
-# time (born-again networks: Furlanello et al., 2018): the teacher's probabilities keep it from learning by heart.
-AGAIN = dict(hard_weight=0.5, weight_decay=-1.0, average=-1, dropout=-1.0)
 OWN = set(vars(DistillConfig())) - set(vars(train.TrainConfig()))
 LIMITS = dict(hard_weight=(0, 1), on_policy=(0, 1), beta=(0.001, 0.999), temperature=(0.01, 100), passes=(0.01, 1e6))
 ONLINE = ("hidden", "attention_weight", "on_policy")             # terms that need both models in every step
@@ -100,7 +96,7 @@ def check_distillation(cfg):
     """Raises UserError naming every impossible setting or combination: one list of rules."""
     train.check_training(cfg)
     flag = lambda name: "--" + name.replace("_", "-")
-    choices = {"loss": DIVERGENCES, "init": ("teacher-layers", "random", "again"), "hidden": ("", *HIDDEN_DISTANCES)}
+    choices = {"loss": DIVERGENCES, "init": ("teacher-layers", "random"), "hidden": ("", *HIDDEN_DISTANCES)}
     wrong = [] if cfg.teacher else ["which teacher? python distill.py TEACHER_DIR --out DIR"]
     wrong += [f"{flag(n)} must be one of {', '.join(o)}" for n, o in choices.items() if getattr(cfg, n) not in o]
     wrong += [f"{flag(n)} must be between {a} and {b}" for n, (a, b) in LIMITS.items() if not a <= getattr(cfg, n) <= b]
@@ -438,12 +434,12 @@ def make_student(cfg, given, teacher, tokenizer, machine):
         begun = dataclasses.replace(cfg, resume=False)
         student = train.model_to_train(begun, given, tokenizer, machine)
         cfg.context, n = begun.context, student.config.num_hidden_layers     # its window may be shorter
-    layers = spread(n or (total if cfg.init == "again" else default_layers(teacher)), total)
+    layers = spread(n or default_layers(teacher), total)
     if cfg.layer_map:
         layers = numbers(cfg.layer_map, "--layer-map", 0, total - 1)
     if n and len(layers) != n:
         raise UserError(f"--layer-map names {len(layers)} layers, but the student has {n}")
-    if not start and (cfg.init != "teacher-layers" or cfg.from_samples):
+    if not start and (cfg.init == "random" or cfg.from_samples):
         student = random_student(cfg, teacher.config, layers, tokenizer)
     elif not start:
         student = student_of_layers(cfg, teacher, layers)
@@ -584,8 +580,6 @@ def settings(argv):
                              hidden=(*SHAPE, "preset", "init_from", "vocab_size", "control_steps"))
     if cfg.exits:                                     # a trained model goes on: small steps of all weights
         cfg = dataclasses.replace(cfg, **{k: v for k, v in train.FINE_TUNE.items() if k not in given})
-    if cfg.init == "again":
-        cfg = dataclasses.replace(cfg, **{k: v for k, v in AGAIN.items() if k not in given})
     check_out(cfg)
     if cfg.resume:
         stored = read_state(cfg.out)["config"]

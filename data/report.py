@@ -140,7 +140,7 @@ def write_distillation(rows, cfg, cached):
     for heading, key, form in DISTILLATION:
         columns[heading] = lambda item, key=key, form=form: form.format(item[1][key]) if key in item[1] else ""
     text = markdown(columns, rows.items())
-    if student["bits_per_byte"] < base and not cfg.exits and cfg.init != "again":
+    if student["bits_per_byte"] < base and not cfg.exits:
         text += (f"\n\nWarning: at {base:.4f} bits per byte the teacher is worse than the student, at "
                  f"{student['bits_per_byte']:.4f}: train the teacher longer.")
     if "control" in rows:

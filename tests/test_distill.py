@@ -292,18 +292,6 @@ def test_layers_are_spread_and_copied(teacher, tmp_path, data):
     assert (fresh.config.hidden_size, fresh.config.num_hidden_layers, fresh.config.intermediate_size) == (16, 5, 48)
 
 
-def test_again_is_a_new_model_of_the_teachers_shape(teacher, data, tmp_path, capsys):
-    go(teacher, data, tmp_path / "run", "--init", "again", "--steps", 3)
-    first, student = load(teacher), load(tmp_path / "run" / "last")
-    assert {k: t.shape for k, t in student.state_dict().items()} == {k: t.shape for k, t in first.state_dict().items()}
-    assert "teacher is worse" not in capsys.readouterr().out
-    config = read_state(tmp_path / "run")["config"]
-    assert (config["hard_weight"], config["weight_decay"], config["dropout"]) == (0.5, -1, -1)
-    begun, layers = distill.make_student(distill.DistillConfig(init="again"), set(), first, None, MACHINE)
-    assert layers == list(range(first.config.num_hidden_layers))
-    assert same(begun.state_dict(), Transformer(first.config).initialize(torch.Generator().manual_seed(0)).state_dict())
-
-
 def test_hard_weight_1_is_plain_training_bit_for_bit(teacher, data, tmp_path):
     rates = ("--lr", 0.01, "--embed-lr", 0.1, "--matrix-lr", 0.02, "--optimizer", "muon", "--beta1", 0.5, "--decay", 0.7)
     go(teacher, data, tmp_path / "a", "--student", teacher, "--hard-weight", 1, "--steps", 6, *rates)
