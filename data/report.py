@@ -305,7 +305,7 @@ def tradeoff(rows, out):
     if not figure:
         return False
     exact = [row["bits_per_byte"] for row in rows]
-    ceiling = exact[0] + 4 * statistics.median(abs(loss - exact[0]) for loss in exact[1:])
+    ceiling = exact[0] + 4 * statistics.median(abs(loss - exact[0]) for loss in exact[1:] or exact)
     losses = [min(loss, ceiling) if ceiling > exact[0] else loss for loss in exact]
     pad = max(0.1 * (max(losses) - min(losses)), 0.005 * max(losses))          # smaller differences should look small
     for ax, label, costs, sign in (
