@@ -166,6 +166,15 @@ def trained(words, steps):
     return [*(word for word in words if word not in low_rank), f"recover:{steps}", *low_rank]
 
 
+def finer_width(cut, limits, tried):
+    """[words of a wider cut], if a cut of the width leaves room in the file: widths come in steps."""
+    name, _, keep = cut.words[0].partition(":") if len(cut.words) == 1 else ("", "", "")
+    room = limits.bytes / cut.size(cut.least) if limits.bytes else 1.0
+    if name != "width" or room < 1.02 or sum(words[0].startswith("width") for words in tried if words) > 1:
+        return []
+    return [[f"width:{float(keep) * (room - 0.01):.3f}"]]
+
+
 class Search:
     """The search of one --fit: models of the chains, and what they lose on calibration text."""
     def __init__(self, args, directory, stages):
@@ -255,8 +264,8 @@ class Search:
         """The Cuts, made and measured; the best few learned for an eighth of the steps."""
         base = Cut([])
         sizes_of(base, self.model)
-        cuts = []
-        for words in cuts_to_try(base, limits, self.model):
+        cuts, waiting = [], cuts_to_try(base, limits, self.model)
+        for words in waiting:
             try:
                 model, _, loss = self.made(words)
             except UserError as error:                           # a family without such heads, one key-value head
@@ -267,6 +276,7 @@ class Search:
             if limits.speed:
                 cut.speed = self.decoding_speed(model)
             cuts.append(cut)
+            waiting += finer_width(cut, limits, waiting)
         least = min(cut.size(cut.least) for cut in cuts)
         if limits.bytes and least > limits.bytes:
             raise UserError(f"--fit {self.args.fit}: no cut that was made is small enough; the nearest that can be is "

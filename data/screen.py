@@ -78,7 +78,7 @@ def show_scale(cfg, tokenizer, val):
           f"validation text, {entry['val_bits_per_byte']:.2f} by this model; {Path(cfg.out, 'loss.png')} has the curve")
 
 
-REPEATS = 0.5            # bits per byte, see road: at 0.1 and below a model from nothing won, at 1.0 and above it lost
+REPEATS = 0.5            # bits per byte, see road: at 0.1 a model from nothing won, at 1.3 it lost (tests/FIGURES.md)
 
 
 def road(meta):
