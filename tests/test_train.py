@@ -224,7 +224,7 @@ def test_a_text_read_at_most_once_is_learned_as_ever_and_one_read_often_is_not(d
     assert rule(3.0, init_from="out")[0] == 0                    # fine-tuning: nothing pulls the weights to zero
     assert rule(3.0, weight_decay=0.0, dropout=0.0, average=0) == (0, 0, 0)
     assert rule(0, weight_decay=0.5, dropout=0.2, average=7) == pytest.approx((0.01, 0.2, 7))
-    go(data, tmp_path / "run", "--steps", 400, "--eval-tokens", 32, "--batch-size", 2)
+    go(data, tmp_path / "run", "--steps", 350, "--eval-tokens", 32, "--batch-size", 8)
     assert "times; weight decay" in capsys.readouterr().out
 
 
