@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import compress
-from data import UserError, fit, formats, machine, measure
+from data import UserError, fit, formats, measure
 from data.checkpoints import checkpoint_hash
 from data.loader import Windows
 from data.prepare import prepare
@@ -13,11 +13,10 @@ from data.structure import dense_layers
 from data.tokenizer import Tokenizer
 from model import load, save
 from shared import fresh_logits, trained
+from test_chain import LINES, quick, run  # noqa: F401 - quick is a fixture of every test here
 
 TINY = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             head_dim=16, max_position_embeddings=32)
-WORDS = "the quick brown fox jumps over lazy dogs while seven wizards quietly mix fine black potions behind great oaks".split()
-LINES = [f"def {WORDS[i % 18]}_{WORDS[i * i % 17]}(x, y={i % 7}):\n    return x * {i % 13} + y - {i % 5}\n\n\n" for i in range(300)]
 QUICK = ("--new-tokens", 4, "--rounds", 1, "--eval-tokens", 1024, "--calibration-windows", 8)
 
 
@@ -36,18 +35,6 @@ def root(tmp_path_factory):
         model.history = [{"step": "train", "data": "lines", "data_sha256": windows.meta["sha256"], "context": 32}]
         save(model, root / name, tokenizer)
     return root
-
-
-@pytest.fixture(autouse=True)
-def quick(root, monkeypatch):
-    """Beside the data, where its name finds it; no time spent on what the machine can do, nor on each row's peak."""
-    monkeypatch.chdir(root)
-    monkeypatch.setattr(machine, "matmul_rate", lambda *args: 1e9)
-    monkeypatch.setattr(measure, "peak_alone", lambda *args: (2_000_000, 1_000_000))
-
-
-def run(*argv):
-    compress.main(list(map(str, argv)))
 
 
 def kinds(model):
