@@ -45,13 +45,12 @@ def declare(built):
     """Tells ctypes the types of the arguments of each function in kernels.c."""
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     for name, types in dict(
-            linear=[pointer, pointer, integer, pointer], gather=[pointer, pointer, integer, pointer],
+            linear=[pointer, pointer, integer, pointer], decode=[pointer, real, real, pointer, pointer],
             rms_norm=[pointer, pointer, real, integer, integer, pointer],
             rms_norm_backward=[pointer, pointer, real, integer, integer, *[pointer] * 3],
             to_heads=[pointer, pointer, real, *[pointer] * 4],
             to_heads_backward=[pointer, pointer, real, *[pointer] * 6],
             swiglu=[pointer, pointer, integer, pointer], swiglu_backward=[pointer, pointer, integer, *[pointer] * 3],
-            cross_entropy=[pointer, pointer, integer, integer, pointer],
-            decode_blocks=[pointer, pointer, pointer, real, pointer, real, pointer]).items():
+            cross_entropy=[pointer, pointer, integer, integer, pointer]).items():
         getattr(built, name).argtypes = types
     return built

@@ -83,9 +83,9 @@
        Products of integers     dot_pairs, dot_bytes, dot_int8, dot_int4, quantize_row
        Few tokens               gemv_quantized, gemv_float, gemv
        Many tokens              struct panel, pack_panel, gemm_panel, gemm
-       Layers                   linear*, gather*
+       Layers                   linear*, gather
        Between the products     rms_norm*, rope_head, to_heads*, swiglu*
-       Decoding                 apply_layer, rope_and_cache, attention_head, decode_blocks*
+       Decoding                 apply_layer, rope_and_cache, attention_head, decode*
        Training                 the backward passes*, cross_entropy*
 
    A star marks what Python calls. In a product, m, n and k are the sizes of x (m, k), W (n, k) and
@@ -782,14 +782,14 @@ int linear(const struct layer *layer, const float *x, int64_t m, float *y) {
     return failed;
 }
 
-/* y (m, k): rows ids (m) of a quantized table, as floats. Returns 1 if there is no such row. */
-int gather(const struct layer *table, const int64_t *ids, int64_t m, float *y) {
+/* y (m, k): rows ids (m) of an embedding table, as floats. Returns 1 if there is no such row. */
+static int gather(const struct layer *table, const int64_t *ids, int64_t m, float *y) {
     const int64_t k = table->k;
-    for (int64_t r = 0; r < m; r++)
-        if (ids[r] < 0 || ids[r] >= table->n) return 1;
     for (int64_t r = 0; r < m; r++) {
+        if (ids[r] < 0 || ids[r] >= table->n) return 1;
         const uint8_t *w = (const uint8_t *)table->weights + ids[r] * k * table->bits / 8;
-        for (int64_t i = 0; i < k; i++) {
+        if (table->bits == 32) memcpy(y + r * k, w, k * sizeof(float));
+        else for (int64_t i = 0; i < k; i++) {
             int q = table->bits == 8 ? (int8_t)w[i] : (w[i / 2] >> i % 2 * 4 & 15) - 8;
             y[r * k + i] = q * scale_of(table, ids[r], i / GROUP);
         }
@@ -879,23 +879,7 @@ void swiglu(const float *gate, const float *up, int64_t n, float *y) {
 
 
 /* =================================================================================================
-   Decoding: all blocks for a few new tokens, by one team of threads (picture 4) */
-
-/* The sizes of decode_blocks, as Python's array of integers. m = batch * T tokens are new. */
-struct decode_sizes {
-    int64_t blocks;
-    int64_t batch;              /* texts */
-    int64_t T;                  /* new positions of each text */
-    int64_t start;              /* the first of them: so many are in the cache */
-    int64_t capacity;           /* positions that the cache has room for */
-    int64_t C;                  /* hidden size */
-    int64_t H;                  /* heads of q */
-    int64_t K;                  /* heads of k and v; H / K heads of q share one */
-    int64_t D;                  /* channels of a head */
-    int64_t I;                  /* channels inside the MLP */
-    int64_t R;                  /* pairs of channels that turn */
-    int64_t widest;             /* largest n or k of any layer, rounded up to a multiple of 32 */
-};
+   Decoding: a few new tokens, from ids to logits, by one team of threads (picture 4) */
 
 /* A block of the transformer, as Python's table has it. */
 struct block {
@@ -915,9 +899,31 @@ struct block {
     int64_t window;                 /* the last positions that a token sees, itself included; 0: all */
 };
 
+/* A model and what is new, as Python's array of integers. m = batch * T tokens are new. */
+struct model {
+    int64_t T;                  /* new positions of each text */
+    int64_t start;              /* the first of them: so many are in the cache */
+    int64_t last;               /* the last of them whose logits are wanted */
+    int64_t batch;              /* texts */
+    int64_t capacity;           /* positions that the cache has room for */
+    const struct layer *embedding;  /* (V, C) */
+    const struct layer *head;       /* (V, C) */
+    const float *norm;              /* (C): the last one */
+    const float *frequencies;       /* (R): a position turns pair i by position * frequency i */
+    const struct block *blocks;
+    int64_t count;              /* of blocks */
+    int64_t C;                  /* hidden size */
+    int64_t H;                  /* heads of q */
+    int64_t K;                  /* heads of k and v; H / K heads of q share one */
+    int64_t D;                  /* channels of a head */
+    int64_t I;                  /* channels inside the MLP */
+    int64_t R;                  /* pairs of channels that turn */
+    int64_t widest;             /* largest n or k of any layer but n of the head, rounded up to a multiple of 32 */
+};
+
 /* What all threads read and write: each thread its own rows or heads. */
 struct team {
-    struct decode_sizes sizes;
+    struct model sizes;
     float eps;
     float *x;                   /* (m, C): the residual stream */
     float *q;                   /* (m, H, D): then what attention makes of it */
@@ -977,7 +983,7 @@ static void normalize_all(const float *weight, const struct team *team, struct w
 
 /* This thread's heads of q and k are normalized and turned; those of k and v go into the cache. */
 static void rope_and_cache(const struct block *block, const struct team *team, const struct worker *me) {
-    const struct decode_sizes s = team->sizes;
+    const struct model s = team->sizes;
     for (int64_t i = me->id; i < me->m * (s.H + s.K); i += me->threads) {
         int64_t r = i / (s.H + s.K), h = i % (s.H + s.K);                  /* token r; H heads of q, then K of k */
         int64_t text = r / s.T, t = r % s.T;
@@ -1021,7 +1027,7 @@ static void attention_head(float *q, const float *keys, const float *values, int
 
 /* This thread's heads of q become what they attend to. */
 static void attend(const struct block *block, const struct team *team, const struct worker *me) {
-    const struct decode_sizes s = team->sizes;
+    const struct model s = team->sizes;
     for (int64_t i = me->id; i < me->m * s.H; i += me->threads) {
         int64_t r = i / s.H, h = i % s.H;
         int64_t text = r / s.T, shared = h / (s.H / s.K);                  /* the head of k and v */
@@ -1058,15 +1064,25 @@ static void decode_block(const struct block *block, const struct team *team, str
     #pragma omp barrier
 }
 
-/* x (batch, T, C), the embedded tokens at positions start ... start + T - 1, becomes the normalized
-   hidden states; their keys and values go into the cache. frequencies (R): a position turns pair i
-   by position * frequency i; rotary_scale: of cosines and sines; norm (C): the last one. Returns 1
-   if there is no memory. */
-int decode_blocks(const struct block *blocks, const struct decode_sizes *sizes, const float *frequencies,
-                  float rotary_scale, const float *norm, float eps, float *x) {
-    const struct decode_sizes s = *sizes;
+/* This thread's part of the logits (batch * last, V): the head of the last norm of x. */
+static void apply_head(float *logits, const struct team *team, struct worker *me) {
+    const struct model s = team->sizes;
+    me->m = s.batch * s.last;
+    for (int64_t r = 0; r < me->m; r++) {
+        int64_t token = r / s.last * s.T + s.T - s.last + r % s.last;
+        normalize(team->x + token * s.C, s.norm, team->eps, s.C, me->x + r * s.C);
+    }
+    me->rounded_from = NULL;
+    apply_layer(s.head, me->x, logits, 0, team, me);
+}
+
+/* logits (batch, last, V) of ids (batch, T), the tokens at positions start ... start + T - 1; their
+   keys and values go into the cache. rotary_scale: of cosines and sines. Returns 1 if there is no
+   memory, 2 if an id is none of V. */
+int decode(const struct model *model, float rotary_scale, float eps, const int64_t *ids, float *logits) {
+    const struct model s = *model;
     const int64_t m = s.batch * s.T;
-    const int64_t shared = m * (s.H * s.D + 2 * s.K * s.D + 2 * s.I + 2 * s.widest) + 2 * s.T * s.R;
+    const int64_t shared = m * (s.C + s.H * s.D + 2 * s.K * s.D + 2 * s.I + 2 * s.widest) + 2 * s.T * s.R;
     const int64_t private = m * s.widest + s.capacity + LANES + room_for(m, s.widest) / sizeof(float) + 64;
     int most_threads = 1;
 #ifdef _OPENMP
@@ -1075,7 +1091,8 @@ int decode_blocks(const struct block *blocks, const struct decode_sizes *sizes, 
     float *memory = malloc((shared + most_threads * private) * sizeof(float));
     if (!memory) return 1;
 
-    struct team team = {.sizes = s, .eps = eps, .x = x, .q = memory};
+    struct team team = {.sizes = s, .eps = eps, .x = memory};
+    team.q = team.x + m * s.C;
     team.k = team.q + m * s.H * s.D;
     team.v = team.k + m * s.K * s.D;
     team.gate = team.v + m * s.K * s.D;
@@ -1083,8 +1100,12 @@ int decode_blocks(const struct block *blocks, const struct decode_sizes *sizes, 
     team.low_rank = team.up + m * s.I;
     team.cosines = team.low_rank + 2 * m * s.widest;
     team.sines = team.cosines + s.T * s.R;
+    if (gather(s.embedding, ids, m, team.x)) {
+        free(memory);
+        return 2;
+    }
     for (int64_t i = 0; i < s.T * s.R; i++) {
-        float angle = (s.start + i / s.R) * frequencies[i % s.R];
+        float angle = (s.start + i / s.R) * s.frequencies[i % s.R];
         team.cosines[i] = cosf(angle) * rotary_scale;
         team.sines[i] = sinf(angle) * rotary_scale;
     }
@@ -1098,9 +1119,9 @@ int decode_blocks(const struct block *blocks, const struct decode_sizes *sizes, 
         me.x = memory + shared + me.id * private;
         me.scores = me.x + m * s.widest;
         me.room = (char *)(me.scores + s.capacity + LANES);
-        for (int64_t i = 0; i < s.blocks; i++) decode_block(&blocks[i], &team, &me);
+        for (int64_t i = 0; i < s.count; i++) decode_block(&s.blocks[i], &team, &me);
+        apply_head(logits, &team, &me);
     }
-    for (int64_t r = 0; r < m; r++) normalize(x + r * s.C, norm, eps, s.C, x + r * s.C);
     free(memory);
     return 0;
 }

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from data.compiled import build_library, built_library
 from data.console import say_once
@@ -263,49 +262,29 @@ class NativeQuantLinear(Accelerated):
             return super().forward(x)
         return proven(super().forward, lambda: multiply(library()[0], kept_struct(self), x), x, tolerance=NARROW)
 
-    def rows(self, ids):
-        if ids.numel() >= FEW or self.q.device.type != "cpu":
-            return super().rows(ids)
-        return proven(super().rows, lambda: gathered_rows(self, ids.contiguous()), ids)
 
-
-def gathered_rows(table, ids):
-    """Rows of a quantized table, float32 (*ids.shape, in)."""
-    y = torch.empty(*ids.shape, table.in_features)
-    if call("gather", kept_struct(table), ids, ids.numel(), y):
-        raise IndexError(f"ids {ids.tolist()} are not all rows of a table of {table.out_features}")
-    return y
-
-
-class NativeHead(Accelerated):
-    """The output head, nn.Linear: for a few rows its weight is read once for all of them."""
-    def forward(self, x):
-        few = 1 < x.numel() // x.shape[-1] < FEW and not torch.is_grad_enabled()
-        if few and applies(x, self.weight) and self.weight.is_contiguous():
-            return multiply(library()[0], c_struct(self), x)
-        return super().forward(x)
-
-
-class NativeBody(Accelerated):
-    """All blocks of a few tokens in one call of C. The first pass over a text is PyTorch's, and proves it."""
-    def forward(self, ids, cache=None, segments=None, hidden=None):
-        if cache is None or segments is not None or hidden is not None or torch.is_grad_enabled() or self.training:
-            return super().forward(ids, cache, segments, hidden)
-        decoder = vars(cache).get("decoder")          # False: not for these blocks; None: still to be decided
-        if decoder and decoder.takes(self, ids):
-            return decoder.step(ids)
-        x = super().forward(ids, cache)
-        if decoder is None and applies(x) and len(x) == len(cache.keys[0]):
-            before = vars(cache).get("read") or (ids[:, :0], x[:, :0])
-            new = ids[:, 1 - FEW:], x[:, 1 - FEW:]    # C reads no more than these again
-            cache.read = tuple(torch.cat(pair, 1) for pair in zip(before, new))
-            if cache.read[0].shape[1] > 1:            # one token says too little of a gate that depends on it
-                cache.decoder, cache.read = decoder_of(self, cache, *cache.read), None
-        return x
+class NativeTransformer(Accelerated):
+    """Few tokens, from ids to logits, in one call of C. The first pass over a text is PyTorch's, and proves it."""
+    def forward(self, ids, cache=None, segments=None, last=0, head=True, hidden=None):
+        decoder = vars(cache).get("decoder") if cache is not None else False    # False: no; None: not yet decided
+        plain = segments is not None or hidden is not None or not head or torch.is_grad_enabled() or self.training
+        if plain or decoder is False or decoder and not decoder.takes(self, ids):
+            return super().forward(ids, cache, segments, last, head, hidden)
+        last = last or ids.shape[1]
+        if decoder:
+            return decoder.step(ids, last)
+        again = max(1, (FEW - 1) // len(ids))         # C reads no more than these again
+        logits = super().forward(ids, cache, last=max(last, min(again, ids.shape[1])))             # (B, T or less, V)
+        if applies(logits) and len(ids) == len(cache.keys[0]):
+            read = vars(cache).get("read") or (ids[:, :0], logits[:, :0])
+            cache.read = read = tuple(torch.cat(pair, 1)[:, -again:] for pair in zip(read, (ids, logits)))
+            if read[0].shape[1] > 1:                  # one token says too little of a gate that depends on it
+                cache.decoder, cache.read = decoder_of(self, cache, *read), None
+        return logits[:, -last:]
 
 
 LAYERS = {"RMSNorm": NativeNorm, "Attention": NativeAttention, "MLP": NativeMLP, "Int8Linear": NativeQuantLinear,
-          "Int4Linear": NativeQuantLinear, "Body": NativeBody}
+          "Int4Linear": NativeQuantLinear, "Transformer": NativeTransformer}
 
 
 @functools.cache
@@ -314,9 +293,9 @@ def with_native(layer_class, native):
     return type(layer_class.__name__, (native, layer_class), {"__module__": layer_class.__module__})
 
 
-def attach_layer(module, native=None):
-    """Gives one layer the methods in C of its row in LAYERS, or of `native`, in place. Returns the layer."""
-    native = native or LAYERS.get(type(module).__name__)
+def attach_layer(module):
+    """Gives one layer the methods in C of its row in LAYERS, in place. Returns the layer."""
+    native = LAYERS.get(type(module).__name__)
     if native and not isinstance(module, Accelerated):
         module.__class__ = with_native(type(module), native)
     return module
@@ -330,7 +309,7 @@ def attach(model, functions=None):
     if next(model.parameters()).device.type != "cpu" or library()[0] is None:
         return model
     for module in model.modules():
-        attach_layer(module, NativeHead if module is model.lm_head and type(module) is nn.Linear else None)
+        attach_layer(module)
     if functions is not None:
         functions["softmax_gradient"] = fast_softmax_gradient(functions["softmax_gradient"])
     return model
@@ -375,7 +354,7 @@ def struct_of(q, scales, bias, n_out, n_in, group, bits):
 
 
 def c_struct(m):
-    """An nn.Linear, QuantLinear or LowRankLinear as `struct layer`."""
+    """An nn.Linear, nn.Embedding, QuantLinear or LowRankLinear as `struct layer`."""
     if hasattr(m, "down"):
         layer, inner = c_struct(m.up), c_struct(m.down)
         layer[7], layer.kept = ctypes.addressof(inner), inner
@@ -383,7 +362,7 @@ def c_struct(m):
     if hasattr(m, "scales"):
         return struct_of(m.q, m.scales, m.bias, m.out_features, m.in_features, m.in_features // m.scales.shape[1],
                          m.bits)
-    return struct_of(m.weight, None, m.bias, m.out_features, m.in_features, m.in_features, 32)
+    return struct_of(m.weight, None, getattr(m, "bias", None), *m.weight.shape, m.weight.shape[1], 32)
 
 
 def kept_struct(m):
@@ -416,27 +395,35 @@ USUAL = dict(layer_norm=False, learned_positions=False, gated=True, hidden_act="
              residual_multiplier=1.0, attention_multiplier=0.0, logits_scaling=1.0)
 
 
-def knows(body, cache):
-    """Whether kernels.c has blocks like those of a Body: the usual kind, float32, contiguous, on a CPU."""
-    c = body.config
-    layers = [getattr(getattr(block, part), name) for block in body.layers for part, names in PROJECTIONS
-              for name in names]
+def knows(model, cache):
+    """Whether kernels.c has a model like this: the usual kind, float32, contiguous, on a CPU."""
+    c, body = model.config, model.model
+    table, quantized = table_of(body), [m for m in (*body.layers.modules(), model.lm_head) if hasattr(m, "scales")]
+    layers = [model.lm_head, *(getattr(getattr(block, part), name) for block in body.layers
+                               for part, names in PROJECTIONS for name in names)]
     return (all(getattr(c, name) == usual for name, usual in USUAL.items()) and "local_theta" not in c.rope
             and all(type(m).__name__ in KNOWN for m in layers)         # a subclass computes what C does not know
+            and type(table).__name__ in ("Embedding", "Int8Linear", "Int4Linear")
             and all(t.dtype == torch.float32 and t.is_contiguous() and t.device.type == "cpu"
-                    for t in (cache.keys[0], *body.parameters()))
-            and not any(m.in_features % 32 for m in body.layers.modules() if hasattr(m, "scales")))
+                    for t in (cache.keys[0], *model.parameters()))
+            and not any(m.in_features % 32 for m in quantized))
+
+
+def table_of(body):
+    """The embedding table of a Body: nn.Embedding, or the table of a QuantEmbedding."""
+    return getattr(body.embed_tokens, "table", body.embed_tokens)
 
 
 class Decoder:
-    """All blocks and the final norm of a Body for a few tokens in C, behind the tokens that a KVCache holds.
+    """A Transformer for a few tokens in C, behind the tokens that a KVCache holds.
 
     Layers that are replaced in the middle of a text are not seen.
     """
-    def __init__(self, body, cache):
-        self.body, self.cache, self.hooks = body, cache, hooks_of(body)
-        c, first, table = body.config, cache.keys[0], []
-        self.kept = [list(body.parameters()), list(body.buffers())]            # tensors that the tables point to
+    def __init__(self, model, cache):
+        self.model, self.cache, self.hooks = model, cache, hooks_of(model)
+        body, c, first, table = model.model, model.config, cache.keys[0], []
+        ends = c_struct(table_of(body)), c_struct(model.lm_head)
+        self.kept = [list(model.parameters()), list(model.buffers()), ends]    # what the pointers below point to
         for i, block in enumerate(body.layers):
             a = block.self_attn
             norms = [m.weight.data_ptr() if hasattr(m, "weight") else 0
@@ -445,56 +432,60 @@ class Decoder:
             self.kept.append(structs)
             table += [*norms, *map(ctypes.addressof, structs), cache.keys[i].data_ptr(), cache.values[i].data_ptr(),
                       c.window(i)]
-        leaves = [m for m in body.layers.modules() if hasattr(m, "in_features")]
-        widest = -(-max(n for m in leaves for n in (m.in_features, m.out_features)) // 32) * 32
-        sizes = [len(body.layers), len(first), 0, 0, first.shape[2], c.hidden_size, c.num_attention_heads,
-                 c.num_key_value_heads, c.head_dim, c.intermediate_size, len(body.frequencies), widest]
-        self.table, self.sizes = (ctypes.c_int64 * len(table))(*table), (ctypes.c_int64 * len(sizes))(*sizes)
+        self.table = (ctypes.c_int64 * len(table))(*table)
+        leaves = [m for m in model.modules() if hasattr(m, "in_features")]
+        widest = max(n for m in leaves for n in (m.in_features, m.out_features) if m is not model.lm_head)
+        fields = [0, 0, 0, len(first), first.shape[2], *map(ctypes.addressof, ends), body.norm.weight.data_ptr(),
+                  body.frequencies.data_ptr(), ctypes.addressof(self.table), len(body.layers), c.hidden_size,
+                  c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size, len(body.frequencies),
+                  -(-widest // 32) * 32]
+        self.struct = (ctypes.c_int64 * len(fields))(*fields)                  # `struct model` of kernels.c
 
-    def takes(self, body, ids):
-        """Whether C applies to the next tokens ids (B, T): few rows, room in the cache, no hook, no gradients."""
+    def takes(self, model, ids):
+        """Whether C applies to the next tokens ids (B, T): few rows, room in the cache, no hook."""
         (B, T), end = ids.shape, self.cache.length + ids.shape[1]
-        outside = body.config.rope["rope_type"] in ENDING and end > body.config.max_position_embeddings
-        return (body is self.body and B * T < FEW and B == len(self.cache.keys[0])
+        outside = model.config.rope["rope_type"] in ENDING and end > model.config.max_position_embeddings
+        return (model is self.model and B * T < FEW and B == len(self.cache.keys[0])
                 and end <= self.cache.keys[0].shape[2] and not outside and not any(self.hooks)
                 and not torch.compiler.is_compiling() and not torch.jit.is_tracing())
 
-    def step(self, ids):
-        """The normalized hidden states (B, T, C) of ids (B, T); the cache is extended by them."""
-        x = self.body.embed_tokens(ids)
-        self.run(x, self.cache.length)
+    def step(self, ids, last):
+        """The logits (B, last, V) of the last tokens of ids (B, T); the cache is extended by ids."""
+        logits = self.read(ids, self.cache.length, last)
         self.cache.length += ids.shape[1]
-        return x
+        return logits
 
-    def run(self, x, start):
-        """Embedded tokens x (B, T, C) at positions from `start` on become, in place, the normalized hidden states."""
-        self.sizes[2:4] = x.shape[1], start
-        body = self.body
-        if library()[0].decode_blocks(self.table, self.sizes, body.frequencies.data_ptr(), body.rotary_scale,
-                                      body.norm.weight.data_ptr(), body.norm.eps, x.data_ptr()):
+    def read(self, ids, start, last):
+        """The logits (B, last, V) of the last tokens of ids (B, T), which are at positions from `start` on."""
+        self.struct[:3] = ids.shape[1], start, last
+        body, ids = self.model.model, ids.contiguous()
+        logits = torch.empty(len(ids), last, self.model.lm_head.out_features)
+        failed = library()[0].decode(self.struct, body.rotary_scale, body.norm.eps, ids.data_ptr(), logits.data_ptr())
+        if failed == 2:
+            raise IndexError(f"ids {ids.tolist()} are not all below {logits.shape[2]}")
+        if failed:
             raise MemoryError("no memory for the activations of a token")
+        return logits
 
 
-def decoder_of(body, cache, ids, expected):
-    """A Decoder that finds what the model's own blocks found, or False.
+def decoder_of(model, cache, ids, expected):
+    """A Decoder that finds what the model itself found, or False.
 
-    ids (B, T): the last tokens read, for which the cache has keys and values already; expected (B, T, C): the hidden
-    states that the blocks of model.py, changed or not, made of them. C reads as many of them once more as it takes.
+    ids (B, T): the last tokens read, for which the cache has keys and values already; expected (B, T, V): the logits
+    that model.py, changed or not, made of them. C reads these tokens once more.
     """
     if not expected.isfinite().all():                 # said elsewhere
         return False
-    hooked, known = any(hooks_of(body)), knows(body, cache)
+    hooked, known = any(hooks_of(model)), knows(model, cache)
     if known and not hooked:
-        last = min(ids.shape[1], max(1, (FEW - 1) // len(ids)))
-        decoder, start = Decoder(body, cache), cache.length - last
-        kept = [(t, t[:, :, start:cache.length].clone()) for t in (*cache.keys, *cache.values)]
-        found = body.embed_tokens(ids[:, -last:]).clone(memory_format=torch.contiguous_format)
-        decoder.run(found, start)
+        decoder, T = Decoder(model, cache), ids.shape[1]
+        kept = [(t, t[:, :, cache.length - T:cache.length].clone()) for t in (*cache.keys, *cache.values)]
+        found = decoder.read(ids, cache.length - T, T)
         for t, values in kept:
-            t[:, :, start:cache.length] = values
-        if agrees(found, expected[:, -last:], BLOCKS if has_quantized(body.layers) else EXACT):
+            t[:, :, cache.length - T:cache.length] = values
+        if agrees(found, expected, BLOCKS if has_quantized(model) else EXACT):
             return decoder
     if known or hooked:
-        why = "a hook is registered on it" if hooked else "its blocks compute something else"
+        why = "a hook is registered on it" if hooked else "its forward computes something else"
         say_once(f"PyTorch generates, not the C kernels: they do not know this model ({why})")
     return False

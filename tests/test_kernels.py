@@ -1,4 +1,4 @@
-"""kernels.c against the same model in plain PyTorch: a token through all blocks (decode_blocks), and what training needs,
+"""kernels.c against the same model in plain PyTorch: a token through all blocks (decode), and what training needs,
 forward and backward. And drawing from probabilities."""
 import contextlib, copy, ctypes, importlib.util, inspect, platform, re, shutil, subprocess, sys
 
@@ -46,7 +46,7 @@ def quantized(model, kind, **spec):
 
 @torch.inference_mode()
 def in_pieces(model, ids, sizes, c=True, layers=None):
-    """Logits of ids (B, T), read in pieces of these sizes, and the cache. c: by decode_blocks; layers (default: c): each
+    """Logits of ids (B, T), read in pieces of these sizes, and the cache. c: by decode; layers (default: c): each
     layer by kernels.c."""
     model = native.attach(copy.deepcopy(model)) if c or layers else model
     cache = KVCache(model.config, len(ids), sum(sizes))
@@ -306,11 +306,11 @@ def test_what_stays_in_python():
     with torch.inference_mode():
         model(torch.randint(96, (1, 8)), cache=cache)
         steps, step = [], cache.decoder.step
-        cache.decoder.step = lambda ids: steps.append(1) or step(ids)
+        cache.decoder.step = lambda *args: steps.append(1) or step(*args)
         model(ids[:, :1], cache=cache)
         assert len(steps) == 1
         model.train()(ids[:, :1], cache=cache)
-        assert len(steps) == 1 and not cache.decoder.takes(model.model, torch.zeros(1, 8))
+        assert len(steps) == 1 and not cache.decoder.takes(model, torch.zeros(1, 8))
         gpt2 = native.attach(build(layer_norm=True, gated=False, hidden_act="gelu_new", learned_positions=True, qk_norm=False))
         cache = KVCache(gpt2.config, 1, 20)
         assert gpt2(ids, cache=cache).isfinite().all() and cache.decoder is False
@@ -318,13 +318,18 @@ def test_what_stays_in_python():
             build()(ids, cache=KVCache(model.config, 1, 2))
 
 
-def test_a_quantized_table_has_no_other_rows():
+def test_an_embedding_has_no_other_rows():
     if library()[0] is None:
         pytest.skip(library()[1])
-    table = native.attach_layer(model_module.Int8Linear.from_dense(torch.nn.Linear(32, 10)))
-    for id in (10, -1):
-        with pytest.raises(IndexError, match="10"):
-            table.rows(torch.tensor([[3, id]]))
+    for model in (build(), quantized(build(tie_word_embeddings=True), "int8")):
+        native.attach(model)
+        cache = KVCache(model.config, 1, 20)
+        with torch.inference_mode():
+            model(torch.randint(96, (1, 9)), cache=cache)
+            for id in (96, -1):
+                with pytest.raises(IndexError, match="96"):
+                    model(torch.tensor([[3, id]]), cache=cache)
+            assert cache.length == 9 and model(torch.tensor([[3, 95]]), cache=cache, last=1).shape == (1, 1, 96)
 
 
 def test_draw_follows_the_probabilities():

@@ -39,7 +39,7 @@ static void products(int64_t n, int64_t k, int64_t bits, int64_t group) {
     const struct layer *l = layer(n, k, bits, group, NULL);
     for (int64_t m = 0; m < 14; m += m < 2 ? 1 : 3) failed |= linear(l, new_floats(m * k), m, new_floats(m * n));
     int64_t ids[] = {0, n - 1, n};
-    if (bits < 32) failed |= gather(l, ids, 2, new_floats(2 * k)) | !gather(l, ids, 3, new_floats(3 * k));
+    failed |= gather(l, ids, 2, new_floats(2 * k)) | !gather(l, ids, 3, new_floats(3 * k));
 }
 
 static void between(int64_t m, int64_t n) {
@@ -64,7 +64,7 @@ static void heads(int64_t B, int64_t T, int64_t H, int64_t D, int64_t R, int64_t
 }
 
 /* The new positions are the last for which the cache has room. */
-static void decode(int64_t bits, int64_t rank, int64_t window, struct decode_sizes s) {
+static void decode_last(int64_t bits, int64_t rank, int64_t window, struct model s) {
     struct block blocks[2];
     for (int i = 0; i < 2; i++) {
         #define LAYER(n, k) layer(n, rank ? rank : k, bits, bits == 4 ? 32 : rank ? rank : k, \
@@ -75,8 +75,15 @@ static void decode(int64_t bits, int64_t rank, int64_t window, struct decode_siz
             LAYER(s.H * s.D, s.C), LAYER(s.K * s.D, s.C), LAYER(s.K * s.D, s.C), LAYER(s.C, s.H * s.D),
             LAYER(s.I, s.C), LAYER(s.I, s.C), LAYER(s.C, s.I), new_floats(cache), new_floats(cache), window};
     }
-    s.blocks = 2, s.start = s.capacity - s.T;
-    failed |= decode_blocks(blocks, &s, new_floats(s.R), 1, new_floats(s.C), 1e-5f, new_floats(s.batch * s.T * s.C));
+    #define TABLE layer(7, s.C, bits, bits == 4 ? 32 : s.C, NULL)
+    s.blocks = blocks, s.count = 2, s.start = s.capacity - s.T;
+    s.embedding = TABLE, s.head = TABLE, s.norm = new_floats(s.C), s.frequencies = new_floats(s.R);
+    int64_t *ids = new_bytes(s.batch * s.T * sizeof(int64_t));
+    for (s.last = 1; s.last <= s.T; s.last++) for (int wrong = 0; wrong < 2; wrong++) {
+        for (int64_t i = 0; i < s.batch * s.T; i++) ids[i] = i % 7;
+        ids[s.batch * s.T - 1] += wrong * 7;
+        failed |= decode(&s, 1, 1e-5f, ids, new_floats(s.batch * s.last * 7)) != 2 * wrong;
+    }
 }
 
 int main(void) {
@@ -86,11 +93,11 @@ int main(void) {
     between(1, 1), between(3, 7), between(5, 8), between(10, 63), between(101, 1001);
     heads(1, 1, 1, 1, 0, 1, 1), heads(2, 3, 2, 7, 2, 1, 1), heads(2, 5, 3, 22, 11, 2, 0), heads(3, 64, 9, 64, 32, 1, 1);
     for (int64_t batch = 1; batch < 4; batch += 2) for (int64_t T = 1; T < 3; T++) {
-        struct decode_sizes odd = {0, batch, T, 0, 3, 52, 4, 2, 6, 70, 3, 96};
-        struct decode_sizes even = {0, batch, T, 0, 21, 64, 4, 1, 24, 160, 8, 160};
-        decode(32, 0, 5, odd), decode(32, 3, 0, odd);
-        decode(4, 0, 0, even), decode(8, 0, 0, even), decode(32, 0, 0, even);
-        decode(4, 32, 4, even), decode(8, 32, 4, even), decode(32, 32, 4, even);
+        struct model odd = {.T = T, .batch = batch, .capacity = 3, .C = 52, .H = 4, .K = 2, .D = 6, .I = 70, .R = 3, .widest = 96};
+        struct model even = {.T = T, .batch = batch, .capacity = 21, .C = 64, .H = 4, .K = 1, .D = 24, .I = 160, .R = 8, .widest = 160};
+        decode_last(32, 0, 5, odd), decode_last(32, 3, 0, odd);
+        decode_last(4, 0, 0, even), decode_last(8, 0, 0, even), decode_last(32, 0, 0, even);
+        decode_last(4, 32, 4, even), decode_last(8, 32, 4, even), decode_last(32, 32, 4, even);
     }
     return failed;                                    /* a status that a function should not have returned */
 }
