@@ -73,11 +73,17 @@ def figures(nats, tokens, n_bytes):
 # ---------------------------------------------------------------------------------------------------------------------
 # Generate
 
-def next_token(logits, seen, generator=None, temperature=1.0, repetition_penalty=1.0, **sampling):
+def next_token(logits, seen, generator=None, temperature=1.0, top_p=1.0, repetition_penalty=1.0, **sampling):
     """Samples one id per row, (B, 1), from logits (B, V); temperature 0 is greedy."""
     if temperature < 1e-5:
         return penalized(logits.float(), seen, repetition_penalty).argmax(-1, keepdim=True)
-    return draw(next_probs(logits, seen, temperature, repetition_penalty=repetition_penalty, **sampling), generator)
+    probs = next_probs(logits, seen, temperature, repetition_penalty=repetition_penalty, **sampling)
+    noise = torch.rand(probs.shape, generator=generator, device=probs.device)
+    ids = draw(probs, noise)
+    # Mostly the id drawn from all is one of the likeliest: then it is the draw from these, too.
+    if top_p < 1.0 and not ((probs * (probs > probs.gather(1, ids))).sum(-1) < top_p).all():
+        ids = draw(likeliest(probs, top_p), noise)
+    return ids
 
 
 def refuse_not_a_number(values):
@@ -108,25 +114,29 @@ def next_probs(logits, seen, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, rep
         logits = logits.masked_fill(logits < kth, -math.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
-    if top_p < 1.0:
-        probs, k, enough = logits.softmax(-1), 64, False
-        while not enough:                                      # sorting all ids takes longer than a small model
-            top, order = probs.topk(min(k, probs.shape[-1]))
-            before = top.cumsum(-1) - top                      # probability of all likelier ids
-            k, enough = 8 * k, k >= probs.shape[-1] or bool((before[:, -1] >= top_p).all())
-        probs = torch.zeros_like(probs).scatter(1, order, top.masked_fill(before >= top_p, 0.0))
-        return probs / probs.sum(-1, keepdim=True)
-    return logits.softmax(-1)
+    probs = logits.softmax(-1)
+    return likeliest(probs, top_p) if top_p < 1.0 else probs
 
 
-def draw(probs, generator=None):
+def likeliest(probs, top_p):
+    """Probabilities (B, V) of the likeliest ids with a sum of top_p; of all others, 0."""
+    k, enough = 64, False
+    while not enough:                                          # sorting all ids takes longer than a small model
+        top, order = probs.topk(min(k, probs.shape[-1]))
+        before = top.cumsum(-1) - top                          # probability of all likelier ids
+        k, enough = 8 * k, k >= probs.shape[-1] or bool((before[:, -1] >= top_p).all())
+    probs = torch.zeros_like(probs).scatter(1, order, top.masked_fill(before >= top_p, 0.0))
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def draw(probs, noise):
     """Samples one id per row, (B, 1), from probabilities (B, V), by the Gumbel-max trick.
 
-    In exponential form: argmin_i E_i / p_i, E_i ~ Exp(1). It is faster than torch.multinomial, and
-    similar distributions mostly give the same id for the same random numbers (see `speculate`).
+    In exponential form: argmin_i E_i / p_i, where E_i = -log(noise_i) ~ Exp(1) for uniform noise
+    (B, V). It is faster than torch.multinomial, and similar distributions mostly give the same id
+    for the same noise (see `speculate`).
     """
-    waiting = -torch.rand(probs.shape, generator=generator, device=probs.device).log_() / probs                # (B, V)
-    return waiting.argmin(-1, keepdim=True)
+    return (noise.log() / probs).argmax(-1, keepdim=True)
 
 
 @torch.inference_mode()

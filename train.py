@@ -374,8 +374,10 @@ class Average:
     def in_place(self):
         """A context in which the model has the averaged weights, if there are any."""
         self.swap()
-        yield
-        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
 
     @torch.no_grad()
     def swap(self):

@@ -60,7 +60,7 @@
    "Tested only": the same integers come out of the same lines on another CPU (-DLANES, -DBYTES), and
    the instruction compiles. How fast such a CPU is has not yet been measured.
 
-   4. The threads that decode a token: one team for all blocks. For one token, to call an operator
+   4. The threads that decode a token: one team, from ids to logits. For one token, to call an operator
    of PyTorch takes longer than its work, and so does waking threads for it. || is a barrier: there
    each thread waits for the last one. What all of them need whole, such as a norm, each thread
    makes alone.
@@ -71,6 +71,7 @@
    thread 1  ======== |     ====  ||      =====  ||      ===== ||     ==== || ======= |      =====
 
              || SwiGLU of all | own rows of down || the next block
+                                                 || after the last: norm | own rows of the head
 
    How many threads there are changes no bit of any result: each number is made by one thread alone,
    and where a sum is divided (the gradient of a weight) it is always divided into PARTS parts.
@@ -901,24 +902,24 @@ struct block {
 
 /* A model and what is new, as Python's array of integers. m = batch * T tokens are new. */
 struct model {
-    int64_t T;                  /* new positions of each text */
-    int64_t start;              /* the first of them: so many are in the cache */
-    int64_t last;               /* the last of them whose logits are wanted */
-    int64_t batch;              /* texts */
-    int64_t capacity;           /* positions that the cache has room for */
+    int64_t T;                      /* new positions of each text */
+    int64_t start;                  /* the first of them: so many are in the cache */
+    int64_t last;                   /* the last of them whose logits are wanted */
+    int64_t batch;                  /* texts */
+    int64_t capacity;               /* positions that the cache has room for */
     const struct layer *embedding;  /* (V, C) */
     const struct layer *head;       /* (V, C) */
     const float *norm;              /* (C): the last one */
     const float *frequencies;       /* (R): a position turns pair i by position * frequency i */
     const struct block *blocks;
-    int64_t count;              /* of blocks */
-    int64_t C;                  /* hidden size */
-    int64_t H;                  /* heads of q */
-    int64_t K;                  /* heads of k and v; H / K heads of q share one */
-    int64_t D;                  /* channels of a head */
-    int64_t I;                  /* channels inside the MLP */
-    int64_t R;                  /* pairs of channels that turn */
-    int64_t widest;             /* largest n or k of any layer but n of the head, rounded up to a multiple of 32 */
+    int64_t count;                  /* of blocks */
+    int64_t C;                      /* hidden size */
+    int64_t H;                      /* heads of q */
+    int64_t K;                      /* heads of k and v; H / K heads of q share one */
+    int64_t D;                      /* channels of a head */
+    int64_t I;                      /* channels inside the MLP */
+    int64_t R;                      /* pairs of channels that turn */
+    int64_t widest;                 /* largest n or k of a layer, but for V, rounded up to a multiple of 32 */
 };
 
 /* What all threads read and write: each thread its own rows or heads. */

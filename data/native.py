@@ -266,20 +266,24 @@ class NativeQuantLinear(Accelerated):
 class NativeTransformer(Accelerated):
     """Few tokens, from ids to logits, in one call of C. The first pass over a text is PyTorch's, and proves it."""
     def forward(self, ids, cache=None, segments=None, last=0, head=True, hidden=None):
-        decoder = vars(cache).get("decoder") if cache is not None else False    # False: no; None: not yet decided
-        plain = segments is not None or hidden is not None or not head or torch.is_grad_enabled() or self.training
-        if plain or decoder is False or decoder and not decoder.takes(self, ids):
+        plain = cache is None or segments is not None or hidden is not None or not head
+        if plain or torch.is_grad_enabled() or self.training:
             return super().forward(ids, cache, segments, last, head, hidden)
-        last = last or ids.shape[1]
-        if decoder:
-            return decoder.step(ids, last)
+        last, decoder = last or ids.shape[1], vars(cache).get("decoder")
+        if decoder is None:                           # not yet decided; False: C does not know this model
+            return self.prove(ids, cache, last)
+        takes = decoder and decoder.takes(self, ids)
+        return decoder.step(ids, last) if takes else super().forward(ids, cache, last=last)
+
+    def prove(self, ids, cache, last):
+        """Logits (B, last, V) by PyTorch. They decide whether the cache gets a Decoder."""
         again = max(1, (FEW - 1) // len(ids))         # C reads no more than these again
-        logits = super().forward(ids, cache, last=max(last, min(again, ids.shape[1])))             # (B, T or less, V)
+        logits = super().forward(ids, cache, last=max(last, min(again, ids.shape[1])))       # (B, last or more, V)
         if applies(logits) and len(ids) == len(cache.keys[0]):
             read = vars(cache).get("read") or (ids[:, :0], logits[:, :0])
-            cache.read = read = tuple(torch.cat(pair, 1)[:, -again:] for pair in zip(read, (ids, logits)))
-            if read[0].shape[1] > 1:                  # one token says too little of a gate that depends on it
-                cache.decoder, cache.read = decoder_of(self, cache, *read), None
+            cache.read = tuple(torch.cat(pair, 1)[:, -again:] for pair in zip(read, (ids, logits)))
+            if cache.read[0].shape[1] > 1:            # one token says too little of a gate that depends on it
+                cache.decoder, cache.read = decoder_of(self, cache, *cache.read), None
         return logits[:, -last:]
 
 

@@ -19,7 +19,7 @@ from model import MLP, Attention, Block, Config, KVCache, RMSNorm, Transformer, 
 ROOT = Path(train.__file__).parent
 SMALL = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              head_dim=16, max_position_embeddings=64)
-OLD_ATTENTION, OLD_BLOCK = Attention.forward, Block.forward
+OLD_ATTENTION, OLD_BLOCK, OLD_FORWARD = Attention.forward, Block.forward, Transformer.forward
 OLD_HEADS, OLD_NORM, OLD_GRADIENT = Attention.to_heads, RMSNorm.forward, train.softmax_gradient
 
 
@@ -53,12 +53,17 @@ def scaled_residual(self, x, rotary, mask, cache):
     return x + 0.5 * (OLD_BLOCK(self, x, rotary, mask, cache) - x)
 
 
+def capped_logits(self, *args, **options):
+    return 2 * (OLD_FORWARD(self, *args, **options) / 2).tanh()
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("part, change", [(Attention, gated_attention), (MLP, squared_relu), (Block, scaled_residual)])
+@pytest.mark.parametrize("part, change", [(Attention, gated_attention), (MLP, squared_relu), (Block, scaled_residual),
+                                          (Transformer, capped_logits)])
 @pytest.mark.parametrize("prompt", [3, 12])
 def test_a_changed_forward_is_what_decodes(part, change, prompt, monkeypatch, capsys):
     assert decoded_as_read(accelerate(build()), prompt=prompt)[0]

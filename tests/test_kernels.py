@@ -334,7 +334,7 @@ def test_an_embedding_has_no_other_rows():
 
 def test_draw_follows_the_probabilities():
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 7.0]])
-    ids = torch.stack([sample.draw(probs, torch.Generator().manual_seed(i))[:, 0] for i in range(4000)])
+    ids = torch.stack([sample.draw(probs, torch.rand(2, 6, generator=torch.Generator().manual_seed(i)))[:, 0] for i in range(4000)])
     counts = torch.bincount(ids[:, 0], minlength=6)
     expected = probs[0] * 4000
     assert (ids[:, 1] == 5).all() and counts[[0, 2, 5]].sum() == 0
@@ -348,3 +348,7 @@ def test_top_p_equals_sorting_everything():
         kept = probs * (probs.cumsum(-1) - probs < p)
         expected = torch.zeros_like(probs).scatter(1, order, kept / kept.sum(-1, keepdim=True))
         torch.testing.assert_close(sample.next_probs(logits, None, top_p=p), expected, rtol=1e-4, atol=1e-7)
+        for seed in range(20):                        # drawn from all, and only if that is none of them, from these
+            noise = torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed))
+            drawn = sample.next_token(logits, None, torch.Generator().manual_seed(seed), top_p=p)
+            assert torch.equal(drawn, sample.draw(sample.next_probs(logits, None, top_p=p), noise))
