@@ -29,8 +29,8 @@ from data.machine import (DTYPES, accelerate, fastest, in_dtype, in_turns, logit
                           set_up, to_device)
 from data.mixture import Mixture, open_mix
 from data.prepare import find
-from data.processes import (agree, all_sum, clip_gradients, local_part, on_whole_matrices, one_voice, summed_gradients,
-                            unsharded)
+from data.processes import (agree, all_sum, clip_gradients, local_part, on_whole_matrices, one_voice, say,
+                            summed_gradients, unsharded)
 from data.report import picture
 from data.runs import SHAPE, Run, check_out, history_entry, open_data, read_state, resumed
 from data.schedule import AUTO, share_done
@@ -103,6 +103,8 @@ class TrainConfig:
 ADAMW = dict(matrix_lr=0.003, beta1=0.9)
 # Fine-tuning: small steps of all weights keep the knowledge of the model.
 FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, beta1=0.9, decay=1.0)
+# --init-from: the best step may come early, and many small evaluations find it. rate_for gives the rates.
+LEARN_ON = {**FINE_TUNE, "evals": 10, "eval_tokens": 65536}
 # More time wants a few more parameters: see tests/bench_train.py scale.
 # `gpu` is an hour on one H100 by arithmetic: it has never run. 12 layers of width 768 have 117 million
 # parameters in the matrices of the blocks and the head, and cost 760 MFLOP a token of training (6 x 117,
@@ -138,7 +140,7 @@ def parse(config_class, description, argv=None, positional=(), hidden=()):
     if preset and preset not in PRESETS:
         raise UserError(f"--preset must be {' or '.join(PRESETS)}, not {preset}")
     defaults = {**PRESETS.get(preset, {}), **(ADAMW if given.get("optimizer") == "adamw" else {}),
-                **(FINE_TUNE if given.get("init_from") else {}), **(SMOKE if given.get("smoke") else {})}
+                **(LEARN_ON if given.get("init_from") else {}), **(SMOKE if given.get("smoke") else {})}
     return config_class(**{**defaults, **given}), set(given)
 
 
@@ -548,11 +550,20 @@ def tuned(machine, cfg, model, batches, loss_fn):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
+def rate_for(width):
+    """Peak learning rate of all weights of a model that learns on: the wider, the lower (Yang et al., 2022).
+
+    The rate is 3e-4, the usual one, at a width of 600; tests/FIGURES.md has the figures at 96.
+    """
+    return 0.18 / width
+
+
 def model_to_train(cfg, given, tokenizer, machine):
     """The model to train: that in last/ of a resumed run, that in --init-from, or a new one.
 
-    Lowers cfg.context to the window of an existing model, unless --context was given. Raises
-    UserError for another tokenizer, quantized layers, or flags that are for a new model.
+    Lowers cfg.context to the window of an existing model, unless --context was given, and sets the
+    rates of one that learns on. Raises UserError for another tokenizer, quantized layers, or flags
+    that are for a new model.
     """
     if not (cfg.resume or cfg.init_from):
         return new_model(cfg, tokenizer, machine).to(machine.device)
@@ -573,6 +584,10 @@ def model_to_train(cfg, given, tokenizer, machine):
     if cfg.context > window and "context" in given:
         raise UserError(f"--context {cfg.context} is more than this model's window of {window}")
     cfg.context = min(cfg.context, window)
+    chosen = {name: rate_for(model.config.hidden_size) for name in ("lr", "embed_lr", "matrix_lr") if name not in given}
+    if chosen and not cfg.resume:
+        vars(cfg).update(chosen)
+        say(machine, f"--init-from: a peak rate of {chosen.popitem()[1]:.2g}, for width {model.config.hidden_size}")
     return model.to(machine.device)
 
 

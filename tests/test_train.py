@@ -221,7 +221,7 @@ def test_best_holds_the_averaged_weights_that_were_evaluated(whole_run):
 def test_a_text_read_at_most_once_is_learned_as_ever_and_one_read_often_is_not(data, tmp_path, capsys):
     rule = lambda times, **flags: regularization(times, 100, train.TrainConfig(**flags))
     assert rule(0) == rule(1.0) == (0, 0, 0) and all(rule(3.0))
-    assert rule(3.0, init_from="out")[0] == 0                    # fine-tuning: nothing pulls the weights to zero
+    assert rule(3.0, init_from="out", matrix_lr=2e-4) == pytest.approx((rule(3.0)[0] / 10, 0, 0))      # fine-tuning
     assert rule(3.0, weight_decay=0.0, dropout=0.0, average=0) == (0, 0, 0)
     assert rule(0, weight_decay=0.5, dropout=0.2, average=7) == pytest.approx((0.01, 0.2, 7))
     go(data, tmp_path / "run", "--steps", 350, "--eval-tokens", 32, "--batch-size", 8)
@@ -316,6 +316,16 @@ def test_best_is_kept_apart_from_last(data, tmp_path):
     entries = [load(tmp_path / "worse" / d).history[-1]["val_loss"] for d in ("best", "last")]
     logged = [s["val_loss"] for s in steps(tmp_path / "worse") if "val_loss" in s]
     assert entries == [min(logged), logged[-1]]
+
+
+def test_a_model_that_learns_on_has_the_rates_of_its_width(data, whole_run, tmp_path, capsys):
+    width, run = load(whole_run).config.hidden_size, ["--out", str(tmp_path / "run")]
+    train.main([*run, "--data", str(data), "--init-from", str(whole_run), "--steps", "2", "--lr", "0.01"])
+    first = read_state(tmp_path / "run")["config"]
+    assert f"a peak rate of {0.18 / width:.2g}, for width {width}" in capsys.readouterr().out
+    assert first["lr"] == 0.01 and first["matrix_lr"] == first["embed_lr"] == 0.18 / width and first["evals"] == 10
+    train.main([*run, "--resume", "--steps", "3"])
+    assert {**read_state(tmp_path / "run")["config"], "steps": 2} == {**first, "steps": 2, "resume": True}
 
 
 def test_the_directory_opens_in_transformers_with_equal_logits(data, whole_run):
