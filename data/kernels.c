@@ -174,6 +174,7 @@ enum {
     PARTS = 32,                 /* of all rows; each sums its own gradient of a weight */
     WORTH_THREADS = 100000,     /* fewer steps than that are done before other threads wake up */
     AHEAD = 8192,               /* bytes: how far before their use gemv asks for weights */
+    SHORT = 512,                /* columns: rows of so many are multiplied by FOUR for one token, too */
     IGNORE = -100,              /* a target that is not learned */
 };
 
@@ -186,6 +187,7 @@ typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints   __attribute__((vector_size(4 * LANES)));
 typedef float   floats __attribute__((vector_size(4 * LANES)));
 typedef int16_t halves __attribute__((vector_size(2 * LANES)));
+typedef float   quad   __attribute__((vector_size(4 * FOUR)));
 
 /* memcpy is how C reads a vector from any address: it becomes one instruction. */
 INLINE floats load(const float *x) {
@@ -277,6 +279,24 @@ INLINE float sum_of(floats v) {
     UNROLL for (int i = 0; i < 8; i++) v[i] += v[i + 8];
 #endif
     return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+/* sum_of each of FOUR vectors, added in the same order, with fewer instructions. */
+INLINE quad sums_of(const floats *v) {
+#ifdef X86
+    __m128 half[FOUR];
+    UNROLL for (int c = 0; c < FOUR; c++) {
+#if LANES == 16
+        __m256 eight = _mm512_castps512_ps256(v[c]) + (__m256)_mm512_extracti64x4_epi64((__m512i)v[c], 1);
+#else
+        __m256 eight = v[c];
+#endif
+        half[c] = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+    }
+    return _mm_hadd_ps(_mm_hadd_ps(half[0], half[1]), _mm_hadd_ps(half[2], half[3]));
+#else
+    return (quad){sum_of(v[0]), sum_of(v[1]), sum_of(v[2]), sum_of(v[3])};
+#endif
 }
 
 /* a * b + sum, rounded once where the CPU can do that. For most sums in this file gcc chooses it by
@@ -384,6 +404,15 @@ INLINE float half_to_float(uint16_t half) {
     float x;
     memcpy(&x, &bits, 4);
     return x * 0x1p112f;
+}
+
+/* FOUR of them. */
+INLINE quad halves_to_floats(const uint16_t *half) {
+#if defined X86 && defined __F16C__
+    return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)half));
+#else
+    return (quad){half_to_float(half[0]), half_to_float(half[1]), half_to_float(half[2]), half_to_float(half[3])};
+#endif
 }
 
 /* The scale of weights 32 * g ... 32 * g + 31 of a row. */
@@ -550,6 +579,22 @@ static void quantize_row(const float *x, int64_t k, int bits, int panels, struct
    Few tokens: rows of the weight as they lie in memory (generation: reading them is the limit).
    `height` (1 or FOUR) and `bits` are constants in each call, and each is compiled for its own */
 
+/* y[row], or y[row] ... y[row + 3] for a height of FOUR: the sums of the lanes, with what comes last. */
+INLINE void finish_rows(const struct layer *layer, int64_t row, int height, int bits, const floats *sum, quad rest,
+                        float *y, int add) {
+    if (height < FOUR) {
+        y[row] = sum_of(sum[0]) * (bits == 8 ? scale_of(layer, row, 0) : 1) + rest[0]
+                 + (layer->bias ? layer->bias[row] : 0) + (add ? y[row] : 0);
+        return;
+    }
+    quad total = sums_of(sum), more = {0}, old = {0};
+    if (bits == 8) total *= halves_to_floats(layer->scales + row);
+    if (layer->bias) memcpy(&more, layer->bias + row, sizeof more);
+    if (add) memcpy(&old, y + row, sizeof old);
+    total = total + rest + more + old;
+    memcpy(y + row, &total, sizeof total);
+}
+
 /* sum + scale * (a vector of bytes of a row times the values of x that belong to them) */
 INLINE floats add_step(bytes w, ints start, const char *x, floats scale, int bits, floats sum) {
     return multiply_add(__builtin_convertvector(dot_step(start, w, x, bits), floats), scale, sum);
@@ -589,16 +634,14 @@ INLINE void gemv_quantized(const struct layer *layer, struct quantized x, int64_
             }
         }
     }
-    UNROLL for (int c = 0; c < height; c++)
-        y[row + c] = sum_of(sum[c]) * (bits == 8 ? scale_of(layer, row + c, 0) : 1)
-                     + (layer->bias ? layer->bias[row + c] : 0) + (add ? y[row + c] : 0);
+    finish_rows(layer, row, height, bits, sum, (quad){0}, y, add);
 }
 
 /* y (n): a token x (k) times `height` rows of float weights. Two sums for each row, so that one
    addition need not wait for the last. */
 INLINE void gemv_float(const struct layer *layer, const float *x, int64_t row, int height, float *y, int add) {
     floats even[FOUR] = {0}, odd[FOUR] = {0}, v;
-    float rest[FOUR] = {0};
+    quad rest = {0};
     const float *w = (const float *)layer->weights + row * layer->k;
     int64_t i = 0;
     for (; i + 2 * LANES <= layer->k; i += 2 * LANES) {
@@ -610,9 +653,8 @@ INLINE void gemv_float(const struct layer *layer, const float *x, int64_t row, i
     }
     for (; i < layer->k; i++)
         for (int c = 0; c < height; c++) rest[c] += w[c * layer->k + i] * x[i];
-    for (int c = 0; c < height; c++)
-        y[row + c] = sum_of(even[c] + odd[c]) + rest[c]
-                     + (layer->bias ? layer->bias[row + c] : 0) + (add ? y[row + c] : 0);
+    UNROLL for (int c = 0; c < height; c++) even[c] += odd[c];
+    finish_rows(layer, row, height, 32, even, rest, y, add);
 }
 
 INLINE void gemv_rows(const struct layer *layer, const float *x, struct quantized rounded, int64_t m, int64_t row,
@@ -627,12 +669,13 @@ INLINE void gemv_rows(const struct layer *layer, const float *x, struct quantize
 
 /* y (m, n) = x W^T + bias, or with `add` y += that, for rows `row` ... `end` - 1 of W. `rounded` is
    x for a quantized layer. Four rows of W at a time: several tokens share them while they are in
-   the cache, and what int4 reads of x serves all four. For one token memory is read fastest in one
-   stream: row after row. noclone: gcc would compile it twice, for each `add`, in 2 more seconds. */
+   the cache, and what int4 reads of x serves all four. Long rows for one token are read fastest from
+   memory in one stream: row after row. Short rows are mostly ends, and four share one. noclone: gcc
+   would compile it twice, for each `add`, in 2 more seconds. */
 __attribute__((noinline, noclone))
 static void gemv(const struct layer *layer, const float *x, struct quantized rounded, int64_t m, int64_t row,
                  int64_t end, float *y, int add) {
-    int64_t by_four = m > 1 || layer->bits == 4 ? row + (end - row) / FOUR * FOUR : row;
+    int64_t by_four = m > 1 || layer->bits == 4 || layer->k <= SHORT ? row + (end - row) / FOUR * FOUR : row;
     for (; row < by_four; row += FOUR) gemv_rows(layer, x, rounded, m, row, FOUR, y, add);
     for (; row < end; row++) gemv_rows(layer, x, rounded, m, row, 1, y, add);
 }
