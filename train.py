@@ -103,7 +103,7 @@ class TrainConfig:
 ADAMW = dict(matrix_lr=0.003, beta1=0.9)
 # Fine-tuning: small steps of all weights keep the knowledge of the model.
 FINE_TUNE = dict(optimizer="adamw", lr=3e-4, embed_lr=3e-4, matrix_lr=3e-4, beta1=0.9, decay=1.0)
-# --init-from: the best step may come early, and many small evaluations find it. rate_for gives the rates.
+# --init-from: the best step may come early, and many small evaluations find it. set_rates gives the rates.
 LEARN_ON = {**FINE_TUNE, "evals": 10, "eval_tokens": 65536}
 # More time wants a few more parameters: see tests/bench_train.py scale.
 # `gpu` is an hour on one H100 by arithmetic: it has never run. 12 layers of width 768 have 117 million
@@ -550,20 +550,24 @@ def tuned(machine, cfg, model, batches, loss_fn):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-def rate_for(width):
-    """Peak learning rate of all weights of a model that learns on: the wider, the lower (Yang et al., 2022).
+def set_rates(cfg, given, width, machine):
+    """Sets and prints the peak learning rates, as far as not given, of a model that learns on.
 
-    The rate is 3e-4, the usual one, at a width of 600; tests/FIGURES.md has the figures at 96.
+    A wider model needs a lower rate (Yang et al., 2022): it is 3e-4, the usual one, at a width of
+    600. tests/FIGURES.md has the figures at 96.
     """
-    return 0.18 / width
+    rate = 0.18 / width
+    chosen = [name for name in ("lr", "embed_lr", "matrix_lr") if name not in given]
+    vars(cfg).update(dict.fromkeys(chosen, rate))
+    if chosen:
+        say(machine, f"--init-from: a peak learning rate of {rate:.2g}, for width {width}")
 
 
 def model_to_train(cfg, given, tokenizer, machine):
     """The model to train: that in last/ of a resumed run, that in --init-from, or a new one.
 
-    Lowers cfg.context to the window of an existing model, unless --context was given, and sets the
-    rates of one that learns on. Raises UserError for another tokenizer, quantized layers, or flags
-    that are for a new model.
+    Lowers cfg.context to the window of an existing model, unless --context was given. Raises
+    UserError for another tokenizer, quantized layers, or flags that are for a new model.
     """
     if not (cfg.resume or cfg.init_from):
         return new_model(cfg, tokenizer, machine).to(machine.device)
@@ -584,10 +588,6 @@ def model_to_train(cfg, given, tokenizer, machine):
     if cfg.context > window and "context" in given:
         raise UserError(f"--context {cfg.context} is more than this model's window of {window}")
     cfg.context = min(cfg.context, window)
-    chosen = {name: rate_for(model.config.hidden_size) for name in ("lr", "embed_lr", "matrix_lr") if name not in given}
-    if chosen and not cfg.resume:
-        vars(cfg).update(chosen)
-        say(machine, f"--init-from: a peak rate of {chosen.popitem()[1]:.2g}, for width {model.config.hidden_size}")
     return model.to(machine.device)
 
 
@@ -659,6 +659,8 @@ def main(argv=None):
     directory = open_data(cfg, given, machine)
     tokenizer = Tokenizer.load(directory)
     model = model_to_train(cfg, given, tokenizer, machine)
+    if cfg.init_from and not cfg.resume:
+        set_rates(cfg, given, model.config.hidden_size, machine)
     train, val = (Windows(directory, split, cfg.context) for split in ("train", "val"))
     mix = open_mix(cfg, directory, tokenizer)
     stream = Mixture(train, mix)

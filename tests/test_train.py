@@ -322,7 +322,7 @@ def test_a_model_that_learns_on_has_the_rates_of_its_width(data, whole_run, tmp_
     width, run = load(whole_run).config.hidden_size, ["--out", str(tmp_path / "run")]
     train.main([*run, "--data", str(data), "--init-from", str(whole_run), "--steps", "2", "--lr", "0.01"])
     first = read_state(tmp_path / "run")["config"]
-    assert f"a peak rate of {0.18 / width:.2g}, for width {width}" in capsys.readouterr().out
+    assert f"a peak learning rate of {0.18 / width:.2g}, for width {width}" in capsys.readouterr().out
     assert first["lr"] == 0.01 and first["matrix_lr"] == first["embed_lr"] == 0.18 / width and first["evals"] == 10
     train.main([*run, "--resume", "--steps", "3"])
     assert {**read_state(tmp_path / "run")["config"], "steps": 2} == {**first, "steps": 2, "resume": True}
