@@ -60,10 +60,10 @@
    "Tested only": the same integers come out of the same lines on another CPU (-DLANES, -DBYTES), and
    the instruction compiles. How fast such a CPU is has not yet been measured.
 
-   4. The threads that decode a token: one team, from ids to logits. For one token, to call an operator
-   of PyTorch takes longer than its work, and so does waking threads for it. || is a barrier: there
-   each thread waits for the last one. What all of them need whole, such as a norm, each thread
-   makes alone.
+   4. The threads that decode a token: one team, from ids to logits. For one token, to call an
+   operator of PyTorch takes longer than its work, and so does waking threads for it. || is a
+   barrier: there each thread waits for the last one. What all of them need whole, such as a norm,
+   each thread makes alone.
 
              norm of  | own rows  || own heads:  || own heads: || own rows || norm of | own rows of
              all of x | of q,k,v  || rope, cache || attention  || of o     || all     | gate and up
@@ -579,7 +579,8 @@ static void quantize_row(const float *x, int64_t k, int bits, int panels, struct
    Few tokens: rows of the weight as they lie in memory (generation: reading them is the limit).
    `height` (1 or FOUR) and `bits` are constants in each call, and each is compiled for its own */
 
-/* y[row], or y[row] ... y[row + 3] for a height of FOUR: the sums of the lanes, with what comes last. */
+/* y[row], or with a height of FOUR y[row] ... y[row + 3]: the sums of all lanes, scaled, with what
+   is added. */
 INLINE void finish_rows(const struct layer *layer, int64_t row, int height, int bits, const floats *sum, quad rest,
                         float *y, int add) {
     if (height < FOUR) {
@@ -669,9 +670,9 @@ INLINE void gemv_rows(const struct layer *layer, const float *x, struct quantize
 
 /* y (m, n) = x W^T + bias, or with `add` y += that, for rows `row` ... `end` - 1 of W. `rounded` is
    x for a quantized layer. Four rows of W at a time: several tokens share them while they are in
-   the cache, and what int4 reads of x serves all four. Long rows for one token are read fastest from
-   memory in one stream: row after row. Short rows are mostly ends, and four share one. noclone: gcc
-   would compile it twice, for each `add`, in 2 more seconds. */
+   the cache, and what int4 reads of x serves all four. For one token, long rows are read fastest
+   from memory in one stream, row after row; short rows are mostly ends, and four share one. noclone:
+   gcc would compile it twice, for each `add`, in 2 more seconds. */
 __attribute__((noinline, noclone))
 static void gemv(const struct layer *layer, const float *x, struct quantized rounded, int64_t m, int64_t row,
                  int64_t end, float *y, int add) {
