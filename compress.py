@@ -432,19 +432,21 @@ def gptq_model(model, entries, batches):
 def ways_to_round(model, method, batches):
     """(entries, layers, losses): for each dense layer each format that fits it, as chosen_formats takes them.
 
-    Layers are rounded one at a time, to nearest or by gptq, and the others stay dense.
+    Layers are rounded one at a time, to nearest or by gptq, and the others stay dense. The losses are
+    of the first windows; gptq looks at a quarter of the others, which is enough to compare formats.
     """
     dtype, entries, layers = model.dtype, possible_formats(model.float()), {}
+    scored, seen = batches[:2], batches[2:2 + len(batches) // 4] or batches
 
     def look(same, names, hessian, drift):
         ways = zip(*(gptq_layers(same, entry, hessian, None, names[0]) for entry in entries[names[0]]))
         return layers.update(zip(names, map(list, ways))) or {}
 
     if method == "gptq":
-        layer_by_layer(model, {name: ways[0] for name, ways in entries.items()}, batches, look, "formats", drifts=False)
+        layer_by_layer(model, {name: ways[0] for name, ways in entries.items()}, seen, look, "formats", drifts=False)
     for name in entries if method != "gptq" else ():
         look([model.get_submodule(name)], [name], None, None)
-    losses = rounding_losses(model, layers, batches[:2])
+    losses = rounding_losses(model, layers, scored)
     model.to(dtype)
     return entries, layers, losses
 

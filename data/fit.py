@@ -26,6 +26,7 @@ PATTERNS = {"bytes": NUMBER + "([kmg]b)", "speed": NUMBER + "tok/s()", "loss": r
 LEAST_KEPT = 0.2                                                 # of the weights: a smaller share is no cut, but ruin
 SHORT, DECAY = 8, 0.2            # a trial has an eighth of the training; what is lost falls as steps ^ -0.2
 TRIALS, FINALISTS = 4, 2
+WRONG = 1 / 3                    # how wrong an expected loss may be: a plan that should lose so much more is not made
 CUTS = ("width", "depth", "vocab", "lowrank")                    # steps that are tried
 
 
@@ -180,6 +181,8 @@ class Search:
     def __init__(self, args, directory, stages):
         from model import load
         self.args, self.stages, self.model, self.tokenizer = args, stages, load(directory), Tokenizer.load(directory)
+        self.few = copy.copy(args)
+        self.few.calibration_windows = max(min(8, args.calibration_windows), args.calibration_windows // 4)
         args.run = str(stages / "model.run")
         self.source = calibration_data(self.model, self.tokenizer, args)
         self.context = calibration_context(self.model)
@@ -189,28 +192,36 @@ class Search:
         self.steps = self.affordable_steps()
         self.bits = self.bits_per_byte(self.model, self.tokenizer)
 
+    def once(self, name, measure):
+        """The result of measure(), which is kept beside the stages for --resume."""
+        file = self.stages / "fit.json"
+        notes = read_json(file) if file.is_file() else {}
+        if name not in notes:
+            write_json(file, {**notes, name: measure()})
+        return read_json(file)[name]
+
     def affordable_steps(self):
-        """Steps of `recover` in --minutes, timed once and kept beside the stages for --resume; 0: none."""
-        from train import cross_entropy
-        note = self.stages / "fit.json"
+        """Steps of `recover` in --minutes; 0: none."""
         if not self.args.minutes or self.source.is_file():
             if self.args.minutes:
                 print(f"no training: recover learns from prepared data, and {self.source} is a text file")
             return 0
-        if not note.is_file():
-            batch, seconds = type(self.rows)(*(None if t is None else t[:4] for t in self.rows)), []
-            for _ in range(4):                                   # the first warms up
-                start = time.perf_counter()
-                with torch.no_grad():
-                    self.model(batch.ids, segments=batch.segments)                       # the teacher
-                cross_entropy(self.model, batch)[0].backward()
-                seconds.append(time.perf_counter() - start)
-            self.model.zero_grad()
-            steps = 60 * self.args.minutes / sorted(seconds[1:])[1]
-            write_json(note, {"steps": max(1, int(float(f"{steps:.1e}")))})
-        steps = read_json(note)["steps"]
+        steps = self.once("steps", self.timed_steps)
         print(f"recover:{steps} takes about --minutes {self.args.minutes:g}", flush=True)
         return steps
+
+    def timed_steps(self):
+        """Steps of `recover` in --minutes, by the time of a few."""
+        from train import cross_entropy
+        batch, seconds = type(self.rows)(*(None if t is None else t[:4] for t in self.rows)), []
+        for _ in range(4):                                       # the first warms up
+            start = time.perf_counter()
+            with torch.no_grad():
+                self.model(batch.ids, segments=batch.segments)                           # the teacher
+            cross_entropy(self.model, batch)[0].backward()
+            seconds.append(time.perf_counter() - start)
+        self.model.zero_grad()
+        return max(1, int(float(f"{60 * self.args.minutes / sorted(seconds[1:])[1]:.1e}")))
 
     def bits_per_byte(self, model, tokenizer):
         """Bits per byte of the same calibration text in the ids of any tokenizer."""
@@ -222,14 +233,21 @@ class Search:
             batches = list(stream_batches(ids, self.context))
         return figures(*score(model, batches, tokenizer.token_bytes()))["bits_per_byte"]
 
-    def made(self, words):
-        """(model, tokenizer, percent more bits per byte) of a chain, which `make` runs."""
+    def tried(self, words):
+        """(model, percent more bits per byte) of a chain, calibrated on a quarter of the windows."""
         from compress import STEPS, make
         if not words:
-            return self.model, self.tokenizer, 0.0
+            return self.model, 0.0
         tqdm.write(f"--- {' '.join(words)}")
-        model, tokenizer = make(parse_chain(words, STEPS), self.args, self.stages)
-        return model, tokenizer, 100 * (self.bits_per_byte(model, tokenizer) / self.bits - 1)
+        model, tokenizer = make(parse_chain(words, STEPS), self.few, self.stages / "tried")
+        return model, 100 * (self.bits_per_byte(model, tokenizer) / self.bits - 1)
+
+    def made(self, words):
+        """The directory of a chain, which `make` runs."""
+        from compress import STEPS, make
+        tqdm.write(f"--- {' '.join(words)}")
+        make(parse_chain(words, STEPS), self.args, self.stages)
+        return self.place(words)
 
     def place(self, words):
         """The directory of a chain that was made."""
@@ -237,11 +255,8 @@ class Search:
 
     def growth_of_rounding(self):
         """A function bits -> percent more bits per byte, if the model itself is rounded by gptq."""
-        from compress import ways_to_round
         from sample import figures, score
-        batches, _ = calibration(self.model, self.tokenizer, self.args)
-        _, layers, losses = ways_to_round(copy.deepcopy(self.model), "gptq", batches)
-        choices, weights = bits_and_losses(layers, losses)
+        choices, weights = self.once("rounding", self.rounding)
         loss = figures(*score(self.model, [self.rows], self.tokenizer.token_bytes()))["loss"]
         least = sum(min(pairs)[0] for pairs in choices.values())
 
@@ -249,6 +264,13 @@ class Search:
             chosen = knapsack(choices, max(least, math.ceil(bits * weights)))
             return 100 * sum(choices[name][i][1] for name, i in chosen.items()) / loss
         return growth
+
+    def rounding(self):
+        """(choices for `knapsack`, number of weights) of the model itself."""
+        from compress import ways_to_round
+        batches, _ = calibration(self.model, self.tokenizer, self.args)
+        _, layers, losses = ways_to_round(copy.deepcopy(self.model), "gptq", batches)
+        return bits_and_losses(layers, losses)
 
     def decoding_speed(self, model):
         """Tokens/s of decoding with a model rounded to int8, by 2 short rounds."""
@@ -267,7 +289,7 @@ class Search:
         cuts, waiting = [], cuts_to_try(base, limits, self.model)
         for words in waiting:
             try:
-                model, _, loss = self.made(words)
+                model, loss = self.tried(words)
             except UserError as error:                           # a family without such heads, one key-value head
                 tqdm.write(f"{' '.join(words)} is left out: {error}")
                 continue
@@ -284,7 +306,7 @@ class Search:
         cuts = [cut for cut in cuts if not limits.bytes or cut.size(cut.least) <= limits.bytes]
         cuts.sort(key=lambda cut: cut.loss)
         for cut in cuts[:TRIALS] if self.steps >= 2 * SHORT else ():
-            _, _, loss = self.made(trained(cut.words, self.steps // SHORT))
+            _, loss = self.tried(trained(cut.words, self.steps // SHORT))
             cut.expected = min(loss, loss * SHORT ** -DECAY)
         if self.steps >= 2 * SHORT:
             cuts = cuts[:TRIALS]
@@ -300,10 +322,10 @@ def made_plans(search, plans, limits, directories, args, command):
     for _ in range(2):
         if not waiting or any(is_met(plan, limits, rows) for plan in plans):
             break
-        now, waiting = waiting[:FINALISTS], waiting[FINALISTS:]
-        for plan in now:
-            search.made(plan.words)
-        places = {chain_name_of(plan.words): search.place(plan.words) for plan in now}
+        most = waiting[0].loss + WRONG * abs(waiting[0].loss)
+        now = [waiting[0], *(plan for plan in waiting[1:FINALISTS] if plan.loss <= most)]
+        waiting = [plan for plan in waiting if plan not in now]
+        places = {chain_name_of(plan.words): search.made(plan.words) for plan in now}
         _, rows_of = ruler({**directories, **places}, args, command)
         first, *others = rows_of(list(places))
         rows = [*(rows or [first]), *others]
