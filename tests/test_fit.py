@@ -184,6 +184,18 @@ def test_a_fitted_model_comes_back_bit_for_bit(root, tmp_path, capsys):
     chosen = next(row for row in rows if row["sha256"] == checkpoint_hash(tmp_path / "m"))
     assert chosen["bits_per_byte"] == min(row["bits_per_byte"] for row in rows[1:] if row["file_bytes"] <= float(limit[:-2]) * 1e3)
     assert out.count("<- chosen") == 1 and (tmp_path / "m.fit" / "tradeoff.png").is_file()
+    plans = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.split("| chain ")[1].splitlines()[2:] if "%" in line]
+    expected = [float(plan[2].rstrip(" %")) for plan in plans]
+    assert [bool(plan[3]) for plan in plans] == [loss <= expected[0] + abs(expected[0]) / 3 for loss in expected[:2]] + [False] * len(plans[2:])
+
+
+def test_cuts_are_tried_with_a_quarter_of_the_text(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fit, "CUTS", ("width",))
+    whole = (root / "dense" / "model.safetensors").stat().st_size
+    run(root / "dense", "--fit", f"{whole * 0.12 / 1e3:.0f}kB", "--out", tmp_path / "m", *QUICK[:-1], 40)
+    counts = [int(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("calibration: ")]
+    assert 1 <= counts.count(10) < len(counts) - 2                           # not of the rounding, nor of what is made
+    assert counts == [40] + [10] * counts.count(10) + [40] * (len(counts) - 1 - counts.count(10))
 
 
 def test_a_limit_of_the_loss_gives_the_smallest_file(root, tmp_path, monkeypatch):
