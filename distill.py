@@ -550,7 +550,8 @@ def fine_tune(model, tokenizer, step, entry, args, make_loss, steps, evaluated=l
     rates = {**train.FINE_TUNE, **dict.fromkeys(("lr", "embed_lr", "matrix_lr"), args.lr)}
     cfg = DistillConfig(**rates, **settings, out=str(run_dir), resume=is_saved(run_dir / "last"), steps=steps,
                         context=context, seed=args.seed, native=args.native, device=args.device,
-                        eval_tokens=2048 if args.smoke else 131072)
+                        # not more than it learns from: a short training is not to be mostly evaluation
+                        eval_tokens=2048 if args.smoke else min(131072, steps * settings["batch_size"] * context))
     windows, val = (Windows(source, split, context) for split in ("train", "val"))
     entry = {**entry, "data": windows.meta["name"], "data_sha256": windows.meta["sha256"], "seed": args.seed,
              "context": context, "batch_size": cfg.batch_size, "lr": args.lr, "total": steps}

@@ -319,7 +319,7 @@ def test_qat(root, tmp_path, name, step, monkeypatch, capsys):
     assert "bits per byte of validation without training" in capsys.readouterr().out
     # what evaluation said is what the result is
     val = Windows(root / "data", "val", 32)
-    scored = sample.figures(*sample.score(dequantize(model), val.evaluation_batches(256, 131072),
+    scored = sample.figures(*sample.score(dequantize(model), val.evaluation_batches(256, 30 * 8 * 32),
                                                             Tokenizer.load(root / name).token_bytes()))
     assert entry["val_loss"] == pytest.approx(scored["loss"], abs=1e-4)
 
