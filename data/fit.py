@@ -135,7 +135,7 @@ def plans_of(cut, limits, growth):
     for b in (math.ceil(1000 * b - 1e-6) / 1000 for b in bits if b >= cut.least):
         word = "int8" if b >= cut.most else f"mixed:{b:g}"
         plans.append(Plan(cut, [*cut.words, word], cut.size(b), cut.expected + growth(b)))
-    if cut.words and not limits.speed:                           # the speed was measured with int8: dense is slower
+    if cut.words and cut.speed is None:                          # a speed was measured with int8: dense is slower
         plans.append(Plan(cut, cut.words, cut.dense, cut.expected))
     plans = [plan for plan in plans if limits.met(plan.size, plan.loss, cut.speed)]
     return sorted(plans, key=lambda plan: limits.order(plan.size, plan.loss))
