@@ -234,20 +234,22 @@ class Search:
             batches = list(stream_batches(ids, self.context))
         return figures(*score(model, batches, tokenizer.token_bytes()))["bits_per_byte"]
 
+    def run(self, words, args, stages):
+        """(model, tokenizer) of a chain, which `make` runs."""
+        from compress import STEPS, make
+        tqdm.write(f"--- {' '.join(words)}")
+        return make(parse_chain(words, STEPS), args, stages)
+
     def tried(self, words):
         """(model, percent more bits per byte) of a chain, calibrated on a quarter of the windows."""
-        from compress import STEPS, make
         if not words:
             return self.model, 0.0
-        tqdm.write(f"--- {' '.join(words)}")
-        model, tokenizer = make(parse_chain(words, STEPS), self.few, self.stages / "tried")
+        model, tokenizer = self.run(words, self.few, self.stages / "tried")
         return model, 100 * (self.bits_per_byte(model, tokenizer) / self.bits - 1)
 
     def made(self, words):
-        """The directory of a chain, which `make` runs."""
-        from compress import STEPS, make
-        tqdm.write(f"--- {' '.join(words)}")
-        make(parse_chain(words, STEPS), self.args, self.stages)
+        """The directory of a chain, made with all windows."""
+        self.run(words, self.args, self.stages)
         return self.place(words)
 
     def place(self, words):
