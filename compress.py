@@ -211,19 +211,18 @@ def refit(small, dense, indices, batches):
 def refit_block(small, dense, indices, layer, batches, flows, dense_flows):
     """Refits a sliced block to the dense block, number `layer`. flows: by_group of each batch."""
     for layers, originals in zip(same_input(small), same_input(dense)):
-        hessian, drift = 0.0, 0.0                                # as in column_by_column
+        hessian, cross, stream = 0.0, 0.0, 0.0                   # cross: sum of (dense input) x^T
         for batch, flow, dense_flow in zip(batches, flows, dense_flows):
             (x, residual), (dense_x, dense_residual) = next(flow), next(dense_flow)
-            errors = []
-            for name in layers:
-                wanted, output = originals[name](dense_x), layers[name](x)
-                if residual is not None:
-                    wanted, output = dense_residual + wanted, residual + output
-                errors.append(select(wanted, indices, -1, AXES[name][0], layer) - output)
-            x = unpadded(x, batch)
-            hessian = hessian + (x.T @ x).double()
-            drift = drift + (unpadded(torch.cat(errors, -1), batch).T @ x).double()
-        add_solution([*layers.values()], hessian, drift)
+            x, dense_x = unpadded(x, batch), unpadded(dense_x, batch)                    # (N, in), (N, dense in)
+            hessian, cross = hessian + (x.T @ x).double(), cross + (dense_x.T @ x).double()
+            if residual is not None:                             # the error of the residual stream counts too
+                error = select(dense_residual, indices, -1, "width", layer) - residual
+                stream = stream + (unpadded(error, batch).T @ x).double()                # (out, in)
+        dense_weight, weight = (torch.cat([w.double() for w in weights]) for weights in (
+            [select(originals[name].weight, indices, 0, AXES[name][0], layer) for name in layers],
+            [layer.weight for layer in layers.values()]))
+        add_solution([*layers.values()], hessian, dense_weight @ cross - weight @ hessian + stream)
 
 
 def add_solution(layers, hessian, drift):
@@ -248,8 +247,8 @@ def pruned(dense, sizes, scores, batches):
 def slice_step(model, tokenizer, step, args):
     """Step ffn, heads, width or depth. All layers get equal sizes, multiples of 32.
 
-    width takes the sizes with the least loss on two batches; without text, the most equal shares.
-    Raises UserError as candidate_sizes does.
+    width takes the sizes with the least loss on one batch, fitted to another; without text, the most
+    equal shares. Raises UserError as candidate_sizes does.
     """
     method, candidates = step.method, candidate_sizes(step, model)
     c = model.config
@@ -260,18 +259,18 @@ def slice_step(model, tokenizer, step, args):
         method = "activation"
     batches, entry = calibration(model, tokenizer, args) if step.text else (None, {})
     dtype, dense = model.dtype, model.float().requires_grad_(False)
-    if method == "pca":
-        dense = rotated(dense, batches)
-    scores = STEPS[step.name].methods[method](dense, batches)
 
-    def loss(sizes):
-        small = pruned(dense, sizes, scores, batches[:2])
-        return sum(train.cross_entropy(small, batch)[0] for batch in batches[:2])
+    def cut(sizes, batches):
+        whole = rotated(dense, batches) if method == "pca" else dense
+        return pruned(whole, sizes, STEPS[step.name].methods[method](whole, batches), batches)
+
+    def loss(sizes):                                             # the same for more windows: --fit tries with fewer
+        return train.cross_entropy(cut(sizes, batches[:1]), batches[1 % len(batches)])[0]
 
     if batches and len(candidates) > 1:
         bar = tqdm(candidates, desc=step.name, unit="shape", dynamic_ncols=True, disable=None)
         candidates = [min(bar, key=loss)]
-    small = pruned(dense, candidates[0], scores, batches)
+    small = cut(candidates[0], batches)
     return small.to(dtype).requires_grad_(True), tokenizer, {**prune_report(step, model, small, method), **entry}
 
 

@@ -155,7 +155,7 @@ def cuts_to_try(base, limits, model):
             cuts.append([f"lowrank:{body:.3f}"])
             if (stay := math.floor(body * layers)) >= 1:
                 cuts.append([f"depth:{stay / layers:.3f}"])
-        for part in (1, 0.5) if limits.bytes else ():            # of what goes, from embedding and head
+        for part in (1, 0.5, 0.25) if limits.bytes else ():      # of what goes, from embedding and head
             ids, rest = 1 - part * (1 - share) / table, share / (1 - part * (1 - share))
             if ids > 0.3:
                 cuts.append([f"vocab:{ids:.3f}", *([f"width:{rest:.3f}"] if part < 1 else [])])
@@ -183,7 +183,7 @@ class Search:
         from model import load
         self.args, self.stages, self.model, self.tokenizer = args, stages, load(directory), Tokenizer.load(directory)
         self.few = copy.copy(args)
-        self.few.calibration_windows = max(min(8, args.calibration_windows), args.calibration_windows // 4)
+        self.few.calibration_windows = max(min(16, args.calibration_windows), args.calibration_windows // 4)
         args.run = str(stages / "model.run")
         self.source = calibration_data(self.model, self.tokenizer, args)
         self.context = calibration_context(self.model)

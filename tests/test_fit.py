@@ -192,10 +192,10 @@ def test_a_fitted_model_comes_back_bit_for_bit(root, tmp_path, capsys):
 def test_cuts_are_tried_with_a_quarter_of_the_text(root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fit, "CUTS", ("width",))
     whole = (root / "dense" / "model.safetensors").stat().st_size
-    run(root / "dense", "--fit", f"{whole * 0.12 / 1e3:.0f}kB", "--out", tmp_path / "m", *QUICK[:-1], 40)
+    run(root / "dense", "--fit", f"{whole * 0.12 / 1e3:.0f}kB", "--out", tmp_path / "m", *QUICK[:-1], 80)
     counts = [int(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("calibration: ")]
-    assert 1 <= counts.count(10) < len(counts) - 2                           # not of the rounding, nor of what is made
-    assert counts == [40] + [10] * counts.count(10) + [40] * (len(counts) - 1 - counts.count(10))
+    assert 1 <= counts.count(20) < len(counts) - 2                           # not of the rounding, nor of what is made
+    assert counts == [80] + [20] * counts.count(20) + [80] * (len(counts) - 1 - counts.count(20))
 
 
 def test_a_limit_of_the_loss_gives_the_smallest_file(root, tmp_path, monkeypatch):
