@@ -209,13 +209,6 @@ def test_refitting_lowers_the_distance_to_the_dense_model(root, monkeypatch, tex
     assert fitted < distance(step(copy.deepcopy(dense), root, text, windows=32)[0])
 
 
-def test_width_takes_the_same_sizes_for_any_number_of_windows(root):
-    """As --fit plans the bytes of a file with few windows, and makes it with all."""
-    for text in ("width:0.75", "width:0.6:activation", "width:0.5"):
-        few, many = (step(tiny(root), root, text, windows=windows)[0].config for windows in (16, 96))
-        assert few == many, text
-
-
 # --- other programs ---
 
 STEPS = ["ffn:0.7", "heads:0.5", "width:0.75", "width:0.6:activation", "width:0.75:magnitude", "depth:0.7", "vocab:0.9"]
