@@ -1,11 +1,12 @@
 """compress.py --fit and the step mixed: a knapsack against all plans, sizes against files, limits that cannot be met."""
-import contextlib, io, itertools, json, random
+import argparse, contextlib, io, itertools, json, random
 
 import pytest
 import torch
 
 import compress
 from data import UserError, fit, formats, measure
+from data.chain import parse_step
 from data.checkpoints import checkpoint_hash
 from data.loader import Windows
 from data.prepare import prepare
@@ -196,6 +197,17 @@ def test_cuts_are_tried_with_a_quarter_of_the_text(root, tmp_path, monkeypatch, 
     counts = [int(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("calibration: ")]
     assert 1 <= counts.count(20) < len(counts) - 2                           # not of the rounding, nor of what is made
     assert counts == [80] + [20] * counts.count(20) + [80] * (len(counts) - 1 - counts.count(20))
+
+
+@pytest.mark.parametrize("method", ["pca", "activation"])
+def test_width_takes_the_same_sizes_for_any_number_of_windows(root, tmp_path, method):
+    """As the bytes are planned with few windows, and the file is made with all."""
+    for keep in (0.8, 0.6):
+        args = argparse.Namespace(calibration=None, seed=0, smoke=False, run=str(tmp_path))
+        step, sizes = parse_step(f"width:{keep}:{method}", compress.STEPS), []
+        for args.calibration_windows in (16, 96):
+            sizes.append(compress.slice_step(load(root / "dense"), Tokenizer.load(root / "lines"), step, args)[0].config)
+        assert sizes[0] == sizes[1], keep
 
 
 def test_a_limit_of_the_loss_gives_the_smallest_file(root, tmp_path, monkeypatch):
