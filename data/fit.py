@@ -149,7 +149,7 @@ def cuts_to_try(base, limits, model):
     if limits.bytes:
         shares = {(limits.bytes - base.other) * 8 / (base.least * base.weights) - 0.01}
     cuts = [[]]
-    for share in sorted(share for share in shares if LEAST_KEPT <= share < 1):
+    for share in sorted(share for share in shares if LEAST_KEPT <= share < 0.999):
         cuts.append([f"width:{share:.3f}"])
         if (body := 1 - (1 - share) / (1 - table)) > 0.3:        # all is cut from the blocks
             cuts.append([f"lowrank:{body:.3f}"])
@@ -168,13 +168,29 @@ def trained(words, steps):
     return [*(word for word in words if word not in low_rank), f"recover:{steps}", *low_rank]
 
 
+def kind_of(words):
+    """(name, KEEP) of a cut of one step; ("", 1.0) of any other."""
+    name, keep = words[0].split(":") if len(words) == 1 else ("", 1.0)
+    return name, float(keep)
+
+
 def finer_width(cut, limits, tried):
     """[words of a wider cut], if a cut of the width leaves room in the file: widths come in steps."""
-    name, _, keep = cut.words[0].partition(":") if len(cut.words) == 1 else ("", "", "")
+    name, keep = kind_of(cut.words)
     room = limits.bytes / cut.size(cut.least) if limits.bytes else 1.0
     if name != "width" or room < 1.02 or sum(words[0].startswith("width") for words in tried if words) > 1:
         return []
-    return [[f"width:{float(keep) * (room - 0.01):.3f}"]]
+    return [[f"width:{keep * (room - 0.01):.3f}"]]
+
+
+def mix_pays(words, cuts):
+    """Whether a cut of two kinds should lose less than either alone: a loss grows about as the square of a cut."""
+    tried = {kind_of(cut.words)[0]: cut for cut in cuts}
+    parts = dict(map(kind_of, zip(words)))
+    if len(parts) < 2 or not parts.keys() <= tried.keys():
+        return True
+    share = {name: (1 - keep) / (1 - kind_of(tried[name].words)[1]) for name, keep in parts.items()}
+    return sum(share[name] ** 2 * tried[name].loss for name in parts) < min(tried[name].loss for name in parts)
 
 
 class Search:
@@ -245,7 +261,9 @@ class Search:
         if not words:
             return self.model, 0.0
         model, tokenizer = self.run(words, self.few, self.stages / "tried")
-        return model, 100 * (self.bits_per_byte(model, tokenizer) / self.bits - 1)
+        loss = 100 * (self.bits_per_byte(model, tokenizer) / self.bits - 1)
+        tqdm.write(f"{' '.join(words)}: {loss:+.2f} % bits per byte of calibration text")
+        return model, loss
 
     def made(self, words):
         """The directory of a chain, made with all windows."""
@@ -291,6 +309,8 @@ class Search:
         sizes_of(base, self.model)
         cuts, waiting = [], cuts_to_try(base, limits, self.model)
         for words in waiting:
+            if not mix_pays(words, cuts):
+                continue
             try:
                 model, loss = self.tried(words)
             except UserError as error:                           # a family without such heads, one key-value head

@@ -199,6 +199,17 @@ def test_cuts_are_tried_with_a_quarter_of_the_text(root, tmp_path, monkeypatch, 
     assert counts == [80] + [20] * counts.count(20) + [80] * (len(counts) - 1 - counts.count(20))
 
 
+def test_a_mix_of_cuts_is_tried_if_it_should_lose_less_than_its_parts():
+    """Half of two cuts loses a quarter of what both lose: so much less than the lesser, if the other is not three times as much."""
+    for lost, pays in ((0.0, False), (1.3, False), (1.4, True), (4.0, True), (11.9, True), (12.1, False), (-0.1, False)):
+        cuts = [fit.Cut([]), fit.Cut(["width:0.900"], 4.0), fit.Cut(["vocab:0.600"], lost)]
+        assert fit.mix_pays(["vocab:0.800", "width:0.950"], cuts) == pays, lost
+        assert fit.mix_pays(["depth:0.5"], cuts) and fit.mix_pays(["vocab:0.800", "width:0.950"], cuts[:2])
+    for lost, pays in ((2.3, False), (2.5, True), (27.9, True), (28.1, False)):          # a quarter of the ids, the rest of the width
+        cuts = [fit.Cut(["width:0.900"], 4.0), fit.Cut(["vocab:0.600"], lost)]
+        assert fit.mix_pays(["vocab:0.900", "width:0.925"], cuts) == pays, lost
+
+
 @pytest.mark.parametrize("method", ["pca", "activation"])
 def test_width_takes_the_same_sizes_for_any_number_of_windows(root, tmp_path, method):
     """As the bytes are planned with few windows, and the file is made with all."""
