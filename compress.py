@@ -244,11 +244,31 @@ def pruned(dense, sizes, scores, batches):
     return small
 
 
+def best_sizes(candidates, loss):
+    """The sizes of which no neighbour has less loss, from the first candidate on (hill climbing).
+
+    A neighbour has the next width, or the next number of heads; the neurons follow from both.
+    """
+    grid = [sorted({sizes[axis] for sizes in candidates}) for axis in ("width", "keys")]
+    places = [tuple(map(list.index, grid, (sizes["width"], sizes["keys"]))) for sizes in candidates]
+    losses, best = {0: loss(candidates[0])}, 0
+    while True:
+        near = [i for i, place in enumerate(places) if sum(abs(a - b) for a, b in zip(place, places[best])) == 1]
+        for i in near:
+            if i not in losses:
+                losses[i] = loss(candidates[i])
+                if losses[i] < losses[best]:
+                    best = i
+                    break
+        else:
+            return candidates[best]
+
+
 def slice_step(model, tokenizer, step, args):
     """Step ffn, heads, width or depth. All layers get equal sizes, multiples of 32.
 
-    width takes the sizes with the least loss on one batch, fitted to another; without text, the most
-    equal shares. Raises UserError as candidate_sizes does.
+    width looks for the sizes with the least loss on one batch, fitted to another; without text, it
+    takes the most equal shares. Raises UserError as candidate_sizes does.
     """
     method, candidates = step.method, candidate_sizes(step, model)
     c = model.config
@@ -265,11 +285,12 @@ def slice_step(model, tokenizer, step, args):
         return pruned(whole, sizes, STEPS[step.name].methods[method](whole, batches), batches)
 
     def loss(sizes):                                             # the same for more windows: --fit tries with fewer
+        bar.update()
         return train.cross_entropy(cut(sizes, batches[:1]), batches[1 % len(batches)])[0]
 
     if batches and len(candidates) > 1:
-        bar = tqdm(candidates, desc=step.name, unit="shape", dynamic_ncols=True, disable=None)
-        candidates = [min(bar, key=loss)]
+        with tqdm(desc=step.name, unit="shape", dynamic_ncols=True, disable=None) as bar:
+            candidates = [best_sizes(candidates, loss)]
     small = cut(candidates[0], batches)
     return small.to(dtype).requires_grad_(True), tokenizer, {**prune_report(step, model, small, method), **entry}
 

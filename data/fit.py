@@ -168,7 +168,7 @@ def trained(words, steps):
     return [*(word for word in words if word not in low_rank), f"recover:{steps}", *low_rank]
 
 
-def kind_of(words):
+def only_cut(words):
     """(name, KEEP) of a cut of one step; ("", 1.0) of any other."""
     name, keep = words[0].split(":") if len(words) == 1 else ("", 1.0)
     return name, float(keep)
@@ -176,7 +176,7 @@ def kind_of(words):
 
 def finer_width(cut, limits, tried):
     """[words of a wider cut], if a cut of the width leaves room in the file: widths come in steps."""
-    name, keep = kind_of(cut.words)
+    name, keep = only_cut(cut.words)
     room = limits.bytes / cut.size(cut.least) if limits.bytes else 1.0
     if name != "width" or room < 1.02 or sum(words[0].startswith("width") for words in tried if words) > 1:
         return []
@@ -185,11 +185,11 @@ def finer_width(cut, limits, tried):
 
 def mix_pays(words, cuts):
     """Whether a cut of two kinds should lose less than either alone: a loss grows about as the square of a cut."""
-    tried = {kind_of(cut.words)[0]: cut for cut in cuts}
-    parts = dict(map(kind_of, zip(words)))
+    tried = {only_cut(cut.words)[0]: cut for cut in cuts}
+    parts = dict(map(only_cut, zip(words)))
     if len(parts) < 2 or not parts.keys() <= tried.keys():
         return True
-    share = {name: (1 - keep) / (1 - kind_of(tried[name].words)[1]) for name, keep in parts.items()}
+    share = {name: (1 - keep) / (1 - only_cut(tried[name].words)[1]) for name, keep in parts.items()}
     return sum(share[name] ** 2 * tried[name].loss for name in parts) < min(tried[name].loss for name in parts)
 
 

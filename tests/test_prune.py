@@ -252,6 +252,25 @@ def test_sizes_of_width_are_counted_exactly(keep):
             assert larger.parameters_count() > keep * total
 
 
+@pytest.mark.parametrize("keep", [0.4, 0.6, 0.8])
+def test_the_sizes_with_the_least_loss_are_found_without_trying_all(keep):
+    """Of losses with one valley, at each place in turn."""
+    with torch.device("meta"):
+        found = width_sizes(Transformer(Config(**{**TINY, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8,
+                                                  "head_dim": 64, "intermediate_size": 1536})), keep)
+    counts = []
+    for wanted in found:
+        tried = []
+
+        def loss(sizes):
+            tried.append(sizes)
+            return (sizes["width"] / 32 - wanted["width"] / 32) ** 2 + (sizes["keys"] - wanted["keys"]) ** 2
+        assert compress.best_sizes(found, loss) == wanted
+        assert len(tried) == len({tuple(sizes.values()) for sizes in tried})
+        counts.append(len(tried))
+    assert sum(counts) / len(counts) < 0.6 * len(found)
+
+
 def test_a_size_is_a_multiple_of_32_and_never_none():
     assert [kept_count(480, k, granularity(480)) for k in (1.0, 0.75, 0.5, 0.01)] == [480, 352, 256, 32]
     assert [kept_count(20, k, granularity(20)) for k in (0.9, 0.5, 0.01)] == [16, 8, 8]       # a toy's
