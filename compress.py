@@ -62,8 +62,8 @@ from data.formats import chosen_formats, knapsack, layers_to_quantize, possible_
 from data.loader import IGNORE, Batch
 from data.machine import accelerate, pick_device
 from data.sources import calibration, calibration_data, id_counts
-from data.structure import (AXES, axes_of, body_layers, candidate_sizes, dense_layers, dense_weight, dequantize,
-                            even_ranks, head_channels, kept_count, layers_that_stay, possible_ranks,
+from data.structure import (AXES, axes_of, best_sizes, body_layers, candidate_sizes, dense_layers, dense_weight,
+                            dequantize, even_ranks, head_channels, kept_count, layers_that_stay, possible_ranks,
                             print_sizes, prune_report, select, slice_model, split_name)
 from data.tokenizer import Tokenizer
 from data.vocabulary import cut_tokenizer
@@ -242,26 +242,6 @@ def pruned(dense, sizes, scores, batches):
     if batches:
         refit(small, dense, indices, batches)
     return small
-
-
-def best_sizes(candidates, loss):
-    """The sizes of which no neighbour has less loss, from the first candidate on (hill climbing).
-
-    A neighbour has the next width, or the next number of heads; the neurons follow from both.
-    """
-    grid = [sorted({sizes[axis] for sizes in candidates}) for axis in ("width", "keys")]
-    places = [tuple(map(list.index, grid, (sizes["width"], sizes["keys"]))) for sizes in candidates]
-    losses, best = {0: loss(candidates[0])}, 0
-    while True:
-        near = [i for i, place in enumerate(places) if sum(abs(a - b) for a, b in zip(place, places[best])) == 1]
-        for i in near:
-            if i not in losses:
-                losses[i] = loss(candidates[i])
-                if losses[i] < losses[best]:
-                    best = i
-                    break
-        else:
-            return candidates[best]
 
 
 def slice_step(model, tokenizer, step, args):

@@ -200,6 +200,26 @@ def candidate_sizes(step, model):
     return sizes
 
 
+def best_sizes(candidates, loss):
+    """The sizes of which no neighbour has less loss, from the first candidate on (hill climbing).
+
+    A neighbour has the next width, or the next number of heads; the neurons follow from both.
+    """
+    grid = [sorted({sizes[axis] for sizes in candidates}) for axis in ("width", "keys")]
+    places = [tuple(map(list.index, grid, (sizes["width"], sizes["keys"]))) for sizes in candidates]
+    losses, best = {0: loss(candidates[0])}, 0
+    while True:
+        near = [i for i, place in enumerate(places) if sum(abs(a - b) for a, b in zip(place, places[best])) == 1]
+        for i in near:
+            if i not in losses:
+                losses[i] = loss(candidates[i])
+                if losses[i] < losses[best]:
+                    best = i
+                    break
+        else:
+            return candidates[best]
+
+
 def possible_ranks(layer):
     """[(parameters, rank), ...]: ranks are multiples of 32, the group of int4; the last: dense, None."""
     (n_out, n_in), dense = layer.weight.shape, layer.weight.numel()

@@ -12,7 +12,7 @@ from data.chain import parse_arguments, parse_step
 from data.loader import Batch, Windows
 from data.prepare import prepare
 from data.sources import in_ids_of
-from data.structure import axes_of, granularity, head_channels, kept_count, slice_model, width_sizes
+from data.structure import axes_of, best_sizes, granularity, head_channels, kept_count, slice_model, width_sizes
 from data.tokenizer import Tokenizer
 from data.vocabulary import cut_tokenizer
 from model import Config, Transformer, load, save
@@ -265,7 +265,7 @@ def test_the_sizes_with_the_least_loss_are_found_without_trying_all(keep):
         def loss(sizes):
             tried.append(sizes)
             return (sizes["width"] / 32 - wanted["width"] / 32) ** 2 + (sizes["keys"] - wanted["keys"]) ** 2
-        assert compress.best_sizes(found, loss) == wanted
+        assert best_sizes(found, loss) == wanted
         assert len(tried) == len({tuple(sizes.values()) for sizes in tried})
         counts.append(len(tried))
     assert sum(counts) / len(counts) < 0.6 * len(found)
