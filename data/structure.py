@@ -203,15 +203,16 @@ def candidate_sizes(step, model):
 def best_sizes(candidates, loss):
     """The sizes of which no neighbour has less loss, from the first candidate on (hill climbing).
 
-    A neighbour has the next width, or the next number of heads; the neurons follow from both.
+    A neighbour has the next width or number of heads, or more of one and less of the other; the
+    neurons follow from both.
     """
     grid = [sorted({sizes[axis] for sizes in candidates}) for axis in ("width", "keys")]
     places = [tuple(map(list.index, grid, (sizes["width"], sizes["keys"]))) for sizes in candidates]
     losses, best = {0: loss(candidates[0])}, 0
     while True:
-        near = [i for i, place in enumerate(places) if sum(abs(a - b) for a, b in zip(place, places[best])) == 1]
-        for i in near:
-            if i not in losses:
+        for i, place in enumerate(places):
+            wider, more = (a - b for a, b in zip(place, places[best]))
+            if abs(wider) + abs(more) + abs(wider + more) == 2 and i not in losses:
                 losses[i] = loss(candidates[i])
                 if losses[i] < losses[best]:
                     best = i
