@@ -207,7 +207,7 @@ class Search:
                                     args.seed + 1)               # other windows than those that the steps see
         self.rows = drawn
         self.steps = self.affordable_steps()
-        self.bits = self.bits_per_byte(self.model, self.tokenizer)
+        self.base = self.figures(self.model, self.tokenizer)
 
     def once(self, name, measure):
         """The result of measure(), which is kept beside the stages for --resume."""
@@ -240,15 +240,15 @@ class Search:
         self.model.zero_grad()
         return max(1, int(float(f"{60 * self.args.minutes / sorted(seconds[1:])[1]:.1e}")))
 
-    def bits_per_byte(self, model, tokenizer):
-        """Bits per byte of the same calibration text in the ids of any tokenizer."""
+    def figures(self, model, tokenizer):
+        """Figures of the same calibration text in the ids of any tokenizer, as of sample.figures."""
         from sample import figures, score
         batches = [self.rows]
         if self.rows.segments is None:
             ids = self.rows.ids.flatten().numpy()
             ids = ids if tokenizer.hash == self.tokenizer.hash else reencoded(ids, self.tokenizer, tokenizer)
             batches = list(stream_batches(ids, self.context))
-        return figures(*score(model, batches, tokenizer.token_bytes()))["bits_per_byte"]
+        return figures(*score(model, batches, tokenizer.token_bytes()))
 
     def run(self, words, args, stages):
         """(model, tokenizer) of a chain, which `make` runs."""
@@ -261,7 +261,7 @@ class Search:
         if not words:
             return self.model, 0.0
         model, tokenizer = self.run(words, self.few, self.stages / "tried")
-        loss = 100 * (self.bits_per_byte(model, tokenizer) / self.bits - 1)
+        loss = percent(self.figures(model, tokenizer), self.base)
         tqdm.write(f"{' '.join(words)}: {loss:+.2f} % bits per byte of calibration text")
         return model, loss
 
@@ -276,14 +276,12 @@ class Search:
 
     def growth_of_rounding(self):
         """A function bits -> percent more bits per byte, if the model itself is rounded by gptq."""
-        from sample import figures, score
         choices, weights = self.once("rounding", self.rounding)
-        loss = figures(*score(self.model, [self.rows], self.tokenizer.token_bytes()))["loss"]
         least = sum(min(pairs)[0] for pairs in choices.values())
 
         def growth(bits):
             chosen = knapsack(choices, max(least, math.ceil(bits * weights)))
-            return 100 * sum(choices[name][i][1] for name, i in chosen.items()) / loss
+            return 100 * sum(choices[name][i][1] for name, i in chosen.items()) / self.base["loss"]
         return growth
 
     def rounding(self):
@@ -364,7 +362,7 @@ def chain_name_of(words):
 
 
 def percent(row, base):
-    """How many percent more bits per byte a row of `measure` has than the row of the model."""
+    """How many percent more bits per byte figures have than those of the model."""
     return 100 * (row["bits_per_byte"] / base["bits_per_byte"] - 1)
 
 
