@@ -174,13 +174,14 @@ def only_cut(words):
     return name, float(keep)
 
 
-def finer_width(cut, limits, tried):
-    """[words of a wider cut], if a cut of the width leaves room in the file: widths come in steps."""
-    name, keep = only_cut(cut.words)
+def nearer_width(cut, limits):
+    """[words of another width], if a cut leaves room in the file, or is too large: widths come in steps."""
+    *others, last = cut.words or [""]
     room = limits.bytes / cut.size(cut.least) if limits.bytes else 1.0
-    if name != "width" or room < 1.02 or sum(words[0].startswith("width") for words in tried if words) > 1:
+    if not last.startswith("width") or 1 <= room < 1.02:
         return []
-    return [[f"width:{keep * (room - 0.01):.3f}"]]
+    keep = float(last.split(":")[1]) * (room - 0.01)
+    return [[*others, f"width:{keep:.3f}"]] if keep < 0.999 else []
 
 
 def mix_pays(words, cuts):
@@ -305,8 +306,8 @@ class Search:
         """The Cuts, made and measured; the best few learned for an eighth of the steps."""
         base = Cut([])
         sizes_of(base, self.model)
-        cuts, waiting = [], cuts_to_try(base, limits, self.model)
-        for words in waiting:
+        cuts, first = [], cuts_to_try(base, limits, self.model)
+        for words in (waiting := list(first)):
             if not mix_pays(words, cuts):
                 continue
             try:
@@ -319,7 +320,7 @@ class Search:
             if limits.speed:
                 cut.speed = self.decoding_speed(model)
             cuts.append(cut)
-            waiting += finer_width(cut, limits, waiting)
+            waiting += nearer_width(cut, limits) if words in first else []
         least = min(cut.size(cut.least) for cut in cuts)
         if limits.bytes and least > limits.bytes:
             raise UserError(f"--fit {self.args.fit}: no cut that was made is small enough; the nearest that can be is "
