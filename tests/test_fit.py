@@ -210,6 +210,15 @@ def test_a_mix_of_cuts_is_tried_if_it_should_lose_less_than_its_parts():
         assert fit.mix_pays(["vocab:0.900", "width:0.925"], cuts) == pays, lost
 
 
+def test_a_width_that_misses_the_limit_is_tried_once_more():
+    """Too large: its rows take no groups of 128, so more bits. With room: widths come in steps."""
+    def again(words, size):
+        return fit.nearer_width(fit.Cut(words, weights=8 * size, least=1.0), fit.Limits(bytes=1000))
+    assert again(["vocab:0.800", "width:0.600"], 1040) == [["vocab:0.800", "width:0.571"]]
+    assert again(["width:0.600"], 900) == [["width:0.661"]]
+    assert again(["width:0.600"], 990) == again(["depth:0.600"], 900) == again([], 900) == again(["width:0.950"], 900) == []
+
+
 @pytest.mark.parametrize("method", ["pca", "activation"])
 def test_width_takes_the_same_sizes_for_any_number_of_windows(root, tmp_path, method):
     """As the bytes are planned with few windows, and the file is made with all."""
