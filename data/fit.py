@@ -317,6 +317,8 @@ class Search:
                 continue
             cut = Cut(words, loss, loss)
             sizes_of(cut, model)
+            if (cut.weights, loss) in [(other.weights, other.loss) for other in cuts]:
+                continue                                         # another width, which came to the same sizes
             if limits.speed:
                 cut.speed = self.decoding_speed(model)
             cuts.append(cut)
