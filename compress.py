@@ -219,10 +219,9 @@ def refit_block(small, dense, indices, layer, batches, flows, dense_flows):
             if residual is not None:                             # the error of the residual stream counts too
                 error = select(dense_residual, indices, -1, "width", layer) - residual
                 stream = stream + (unpadded(error, batch).T @ x).double()                # (out, in)
-        dense_weight, weight = (torch.cat([w.double() for w in weights]) for weights in (
-            [select(originals[name].weight, indices, 0, AXES[name][0], layer) for name in layers],
-            [layer.weight for layer in layers.values()]))
-        add_solution([*layers.values()], hessian, dense_weight @ cross - weight @ hessian + stream)
+        wanted = torch.cat([select(originals[n].weight, indices, 0, AXES[n][0], layer) for n in layers]).double()
+        weight = torch.cat([part.weight for part in layers.values()]).double()
+        add_solution([*layers.values()], hessian, wanted @ cross - weight @ hessian + stream)
 
 
 def add_solution(layers, hessian, drift):
@@ -260,18 +259,19 @@ def slice_step(model, tokenizer, step, args):
     batches, entry = calibration(model, tokenizer, args) if step.text else (None, {})
     dtype, dense = model.dtype, model.float().requires_grad_(False)
 
-    def cut(sizes, batches):
+    def scored(batches):
         whole = rotated(dense, batches) if method == "pca" else dense
-        return pruned(whole, sizes, STEPS[step.name].methods[method](whole, batches), batches)
-
-    def loss(sizes):                                             # the same for more windows: --fit tries with fewer
-        bar.update()
-        return train.cross_entropy(cut(sizes, batches[:1]), batches[1 % len(batches)])[0]
+        return whole, STEPS[step.name].methods[method](whole, batches)
 
     if batches and len(candidates) > 1:
+        whole, scores = scored(batches[:1])                      # the same for more windows: --fit tries with fewer
+        def loss(sizes):
+            bar.update()
+            return train.cross_entropy(pruned(whole, sizes, scores, batches[:1]), batches[1 % len(batches)])[0]
         with tqdm(desc=step.name, unit="shape", dynamic_ncols=True, disable=None) as bar:
             candidates = [best_sizes(candidates, loss)]
-    small = cut(candidates[0], batches)
+    whole, scores = scored(batches)
+    small = pruned(whole, candidates[0], scores, batches)
     return small.to(dtype).requires_grad_(True), tokenizer, {**prune_report(step, model, small, method), **entry}
 
 

@@ -176,12 +176,12 @@ def only_cut(words):
 
 def nearer_width(cut, limits):
     """[words of another width], if a cut leaves room in the file, or is too large: widths come in steps."""
-    *others, last = cut.words or [""]
+    name, keep = only_cut(cut.words[-1:])
     room = limits.bytes / cut.size(cut.least) if limits.bytes else 1.0
-    if not last.startswith("width") or 1 <= room < 1.02:
+    if name != "width" or 1 <= room < 1.02:
         return []
-    keep = float(last.split(":")[1]) * (room - 0.01)
-    return [[*others, f"width:{keep:.3f}"]] if keep < 0.999 else []
+    keep *= room - 0.01
+    return [[*cut.words[:-1], f"width:{keep:.3f}"]] if keep < 0.999 else []
 
 
 def mix_pays(words, cuts):
