@@ -25,7 +25,7 @@ UNITS, NUMBER = {"kb": 1e3, "mb": 1e6, "gb": 1e9}, r"(\d+\.?\d*|\.\d+)"
 PATTERNS = {"bytes": NUMBER + "([kmg]b)", "speed": NUMBER + "tok/s()", "loss": r"\+" + NUMBER + "%()"}
 LEAST_KEPT = 0.2                                                 # of the weights: a smaller share is no cut, but ruin
 SHORT, DECAY = 8, 0.2            # a trial has an eighth of the training; what is lost falls as steps ^ -0.2
-TRIALS, FINALISTS = 4, 2
+TRIALS, FINALISTS = 4, 3
 WRONG = 1 / 3                    # how wrong an expected loss may be: a plan that should lose so much more is not made
 CUTS = ("width", "depth", "vocab", "lowrank")                    # steps that are tried
 
@@ -72,6 +72,7 @@ class Cut:
     other: int = 0                                               # bytes of the file that are not in matrices, at most
     least: float = 0.0                                           # bits per weight of the smallest formats
     most: float = 0.0                                            # of int8
+    uniform: dict = None                                         # {step that rounds all alike to four bits: of that}
     dense: int = 0                                               # bytes of the file as it is
     speed: float = None                                          # tokens/s with int8
 
@@ -121,6 +122,8 @@ def sizes_of(cut, model):
 
     cut.least, cut.most = (sum(bits(forms[i], layers[name]) for name, forms in entries.items()) / cut.weights
                            for i in (0, -1))
+    cut.uniform = {f"int4:{group}:gptq": 4 + 16 / group for group in (128, 64, 32)
+                   if all(layer.weight.shape[1] % group == 0 for layer in layers.values())}
     cut.dense, rounded = file_bytes(model, []), file_bytes(model, [forms[-1] for forms in entries.values()])
     cut.other = rounded - round(cut.most * cut.weights / 8) + 4 * len(entries)           # shapes of scales get longer
 
@@ -139,6 +142,19 @@ def plans_of(cut, limits, growth):
         plans.append(Plan(cut, cut.words, cut.dense, cut.expected))
     plans = [plan for plan in plans if limits.met(plan.size, plan.loss, cut.speed)]
     return sorted(plans, key=lambda plan: limits.order(plan.size, plan.loss))
+
+
+def uniform_plan(plan, limits, growth):
+    """[Plan of the same cut with one format for all matrices], if it needs no more bytes than a mix.
+
+    It is made too: later layers repair what rounding does, which no estimate for each matrix knows.
+    """
+    steps = {word: bits for word, bits in plan.cut.uniform.items() if plan.cut.size(bits) <= plan.size}
+    if not steps or not plan.words[-1].startswith("mixed"):
+        return []
+    word, bits = max(steps.items(), key=lambda step: step[1])
+    alike = Plan(plan.cut, [*plan.cut.words, word], plan.cut.size(bits), plan.cut.expected + growth(bits))
+    return [alike] if limits.met(alike.size, alike.loss, plan.cut.speed) else []
 
 
 def cuts_to_try(base, limits, model):
@@ -389,9 +405,9 @@ def best_plan(plans, limits, rows, text):
 
 def expected_plans(cuts, limits, growth, text):
     """The best Plan of each Cut, best first. Raises UserError, with the nearest, if none should fit."""
-    plans = [plan for cut in cuts for plan in plans_of(cut, limits, growth)[:1]]
-    if plans:
-        return sorted(plans, key=lambda plan: limits.order(plan.size, plan.loss))
+    order = lambda plan: limits.order(plan.size, plan.loss)
+    if plans := [plan for cut in cuts for plan in plans_of(cut, limits, growth)[:1]]:
+        return sorted(plans + uniform_plan(min(plans, key=order), limits, growth), key=order)
     near = min((plan for cut in cuts for plan in plans_of(cut, Limits(limits.bytes), growth)),
                key=lambda plan: (-(plan.cut.speed or 0), plan.loss))
     speed = f" and {near.cut.speed:,.0f} tokens/s" if near.cut.speed else ""

@@ -187,7 +187,7 @@ def test_a_fitted_model_comes_back_bit_for_bit(root, tmp_path, capsys):
     assert out.count("<- chosen") == 1 and (tmp_path / "m.fit" / "tradeoff.png").is_file()
     plans = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.split("| chain ")[1].splitlines()[2:] if "%" in line]
     expected = [float(plan[2].rstrip(" %")) for plan in plans]
-    assert [bool(plan[3]) for plan in plans] == [loss <= expected[0] + abs(expected[0]) / 3 for loss in expected[:2]] + [False] * len(plans[2:])
+    assert [bool(plan[3]) for plan in plans] == [loss <= expected[0] + abs(expected[0]) / 3 for loss in expected[:3]] + [False] * len(plans[3:])
 
 
 def test_cuts_are_tried_with_a_quarter_of_the_text(root, tmp_path, monkeypatch, capsys):
@@ -217,6 +217,18 @@ def test_a_width_that_misses_the_limit_is_tried_once_more():
     assert again(["vocab:0.800", "width:0.600"], 1040) == [["vocab:0.800", "width:0.571"]]
     assert again(["width:0.600"], 900) == [["width:0.661"]]
     assert again(["width:0.600"], 990) == again(["depth:0.600"], 900) == again([], 900) == again(["width:0.950"], 900) == []
+
+
+def test_one_format_for_all_is_made_beside_a_mix():
+    """With the finest groups that need no more bytes, and only if it should meet the limits too."""
+    cut = fit.Cut(["depth:0.5"], expected=1.0, weights=8000, other=100, uniform={"int4:64:gptq": 4.25, "int4:32:gptq": 4.5})
+    for bits, limits, want in ((4.3, {}, ["int4:64:gptq"]), (4.5, {}, ["int4:32:gptq"]), (6.0, {}, ["int4:32:gptq"]), (4.2, {}, []),
+                               (4.3, {"loss": 2.5}, ["int4:64:gptq"]), (4.3, {"loss": 1.5}, [])):
+        plan = fit.Plan(cut, [*cut.words, f"mixed:{bits}"], cut.size(bits), 0.0)
+        alike = fit.uniform_plan(plan, fit.Limits(**limits), lambda bits: 10 - 2 * bits + 0.1)
+        assert [p.words[-1] for p in alike] == want, (bits, limits)
+        assert all(p.size <= plan.size and p.loss == pytest.approx(11.1 - 2 * (4.25 if "64" in p.name else 4.5)) for p in alike)
+    assert fit.uniform_plan(fit.Plan(cut, [*cut.words, "int8"], 9000, 0.0), fit.Limits(), None) == []
 
 
 @pytest.mark.parametrize("method", ["pca", "activation"])
