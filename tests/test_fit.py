@@ -223,7 +223,7 @@ def test_one_format_for_all_is_made_beside_a_mix():
     """With the finest groups that need no more bytes, and only if it should meet the limits too."""
     cut = fit.Cut(["depth:0.5"], expected=1.0, weights=8000, other=100, uniform={"int4:64:gptq": 4.25, "int4:32:gptq": 4.5})
     for bits, limits, want in ((4.3, {}, ["int4:64:gptq"]), (4.5, {}, ["int4:32:gptq"]), (6.0, {}, ["int4:32:gptq"]), (4.2, {}, []),
-                               (4.3, {"loss": 2.5}, ["int4:64:gptq"]), (4.3, {"loss": 1.5}, [])):
+                               (4.3, {"loss": 2.7}, ["int4:64:gptq"]), (4.3, {"loss": 1.5}, [])):
         plan = fit.Plan(cut, [*cut.words, f"mixed:{bits}"], cut.size(bits), 0.0)
         alike = fit.uniform_plan(plan, fit.Limits(**limits), lambda bits: 10 - 2 * bits + 0.1)
         assert [p.words[-1] for p in alike] == want, (bits, limits)
