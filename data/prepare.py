@@ -23,7 +23,7 @@ of the assistant and its end token), bit 1 at the first token of an example. Hel
 in val.jsonl too, with all their fields, for sample.py --eval.
 """
 
-import contextlib, difflib, os, platform, re, sys, time
+import contextlib, difflib, os, platform, re, shlex, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ if __name__ == "__main__":  # run as a script, the first import path is data/, n
 from data import UserError, corpora, download, encoding
 from data.console import Parser, run
 from data.conversation import Names, asked
-from data.files import DATASET, marker_of, refuse_foreign, resumable, settle, write_json
+from data.files import DATASET, MODEL, marker_of, refuse_foreign, resumable, settle, write_json
 from data.screen import road
 from data.split import BOTH, DROP, TRAIN, VAL, Scan, Source, split
 from data.tokenizer import SPECIALS, Tokenizer
@@ -333,9 +333,12 @@ def main():
         raise UserError("nothing to prepare: give a corpus (stdlib) or --input PATH")
     if args.corpus and args.corpus not in KNOWN and Path(args.corpus).exists():
         raise UserError(f"{args.corpus} is a path: use --input {args.corpus}")
-    prepare(args.corpus or args.name, args.input, args.val, args.out, args.vocab_size, args.tokenizer,
-            args.val_fraction, args.seed, args.overwrite, args.smoke,
-            Names(args.text_field, args.prompt_field, args.response_field), args.size and bytes_of(args.size))
+    out = prepare(args.corpus or args.name, args.input, args.val, args.out, args.vocab_size,
+                  args.tokenizer, args.val_fraction, args.seed, args.overwrite, args.smoke,
+                  Names(args.text_field, args.prompt_field, args.response_field), args.size and bytes_of(args.size))
+    learned = args.tokenizer and any(Path(args.tokenizer, best, MODEL.marker).is_file() for best in ("", "best"))
+    words = ["python", "train.py", "--data", out.name if out.parent == HERE else args.out, "--out", f"out-{out.name}"]
+    print("Next:", shlex.join(words + (["--init-from", args.tokenizer] if learned else [])))
 
 
 if __name__ == "__main__":

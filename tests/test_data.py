@@ -493,6 +493,7 @@ def test_command_names_every_encoding(tmp_path):
 
     done = command_line("--input", "notes.txt", "--out", "ds", "--vocab-size", "300")
     assert done.returncode == 0 and "bytes per token" in done.stdout, done.stderr
+    assert done.stdout.endswith("Next: python train.py --data ds --out out-ds\n")
     again = command_line("--input", "notes.txt", "--out", "ds")
     assert again.returncode == 2 and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
     assert command_line("--input", "none.txt").stderr == "error: --input none.txt: there is no such file or folder\n"
