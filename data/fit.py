@@ -89,6 +89,7 @@ class Plan:
     size: int
     loss: float                                                  # percent more bits per byte, expected
     row: dict = None                                             # of `measure`
+    seconds: float = None                                        # to make it; stages that are there already take none
 
     @property
     def name(self):
@@ -282,10 +283,12 @@ class Search:
         tqdm.write(f"{' '.join(words)}: {loss:+.2f} % bits per byte of calibration text")
         return model, loss
 
-    def made(self, words):
-        """The directory of a chain, made with all windows."""
-        self.run(words, self.args, self.stages)
-        return self.place(words)
+    def made(self, plan):
+        """The directory of a Plan, made with all windows."""
+        start = time.perf_counter()
+        self.run(plan.words, self.args, self.stages)
+        plan.seconds = time.perf_counter() - start
+        return self.place(plan.words)
 
     def place(self, words):
         """The directory of a chain that was made."""
@@ -365,7 +368,7 @@ def made_plans(search, plans, limits, directories, args, command):
         most = waiting[0].loss + WRONG * abs(waiting[0].loss)
         now = [waiting[0], *(plan for plan in waiting[1:FINALISTS] if plan.loss <= most)]
         waiting = [plan for plan in waiting if plan not in now]
-        places = {chain_name_of(plan.words): search.made(plan.words) for plan in now}
+        places = {chain_name_of(plan.words): search.made(plan) for plan in now}
         _, rows_of = ruler({**directories, **places}, args, command)
         first, *others = rows_of(list(places))
         rows = [*(rows or [first]), *others]
@@ -415,8 +418,8 @@ def expected_plans(cuts, limits, growth, text):
                     f"{near.size / 1e6:,.3f} MB, {near.loss:+.2f} % bits per byte{speed}: give limits that allow it")
 
 
-def frontier(plans, best, rows):
-    """The Plans beside what was measured of them, as a Markdown table."""
+def frontier(plans, best, rows, seconds):
+    """The Plans beside what was measured of them, as a Markdown table; seconds: of the search."""
     def measured(plan, text):
         return text(plan.row) if plan.row else ""
 
@@ -426,9 +429,11 @@ def frontier(plans, best, rows):
                "bits per byte": lambda p: measured(p, lambda row: f"{row['bits_per_byte']:.4f}"),
                "measured loss": lambda p: measured(p, lambda row: f"{percent(row, rows[0]):+.2f} %"),
                "tokens/s": lambda p: measured(p, lambda row: f"{row['decode_tokens_per_s']:,.0f}"),
+               "made in": lambda p: measured(p, lambda row: f"{p.seconds:,.0f} s"),
                "": lambda p: "<- chosen" if p is best else ""}
-    return markdown(columns, plans) + ("\n\nLoss: bits per byte more than the model's; expected, on text of its "
-                                       "training, and measured, on held-out text.")
+    return markdown(columns, plans) + (
+        f"\n\nThe search took {seconds:,.0f} s. Loss: bits per byte more than the model's; expected, on text of its "
+        "training, and measured, on held-out text.")
 
 
 def copy_model(source, out):
@@ -468,16 +473,18 @@ def fit_command(args, command):
     check_fit(args, limits, directory, out, report)
     open_stages(stages, args, (*MEASURING, "fit", "minutes", "device"))
     with resume_hint(stages):
+        start = time.perf_counter()
         search = Search(args, directory, stages)
         growth = search.growth_of_rounding()
         plans = expected_plans(search.cuts(limits), limits, growth, args.fit)
+        seconds = time.perf_counter() - start
         rows = made_plans(search, plans, limits, {base: directory}, args, command)
         best = best_plan(plans, limits, rows, args.fit)
         copy_model(search.place(best.words), out)
     given = [[f"--{name.replace('_', '-')}", str(getattr(args, name))] for name, usual in (
         ("calibration", None), ("calibration_windows", 128), ("lr", 1e-3), ("seed", 0)) if getattr(args, name) != usual]
     again = shlex.join(["python", "compress.py", args.model, *best.words, "--out", args.out, *sum(given, [])])
-    text = f"{frontier(plans, best, rows)}\n\nThe choice again:\n\n    {again}"
+    text = f"{frontier(plans, best, rows, seconds)}\n\nThe choice again:\n\n    {again}"
     print(f"\n{text}")
     report.mkdir(exist_ok=True)
     write_report(rows, f"{text}\n\n{table(rows)}", report, [chain_name_of(best.words)])

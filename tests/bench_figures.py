@@ -1,7 +1,7 @@
 """Draws tests/figures/*.png from the tables of tests/FIGURES.md and tests/SPECIALIST.md, and from runs.
 
     python tests/bench_figures.py all                       # all pictures of tables
-    python tests/bench_figures.py race                      # one: road, race, decode, distill, sweep, specialist
+    python tests/bench_figures.py race                      # one: road, race, decode, distill, sweep, fit, specialist
     python tests/bench_figures.py loss out                  # a training run, as OUT/loss.png
     python tests/bench_figures.py readings OLD=DIR NEW=DIR  # held-out loss against readings of the text, a curve a run
 
@@ -143,6 +143,22 @@ def sweep():
         return (Path(folder) / "tradeoff.png").read_bytes()
 
 
+def fit():
+    """Losses at each limit: what --fit chose, what it expected, and the best by hand; a panel for each model."""
+    rows = table("FIGURES.md", "A limit instead of a chain")
+    first = lambda cell: (numbers(cell) + [None])[0]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = new_figure("fit.png", len(models), size=(11, 4.6))
+    for model, ax in zip(models, axes):
+        here = [row for row in rows if row["model"] == model]
+        bars(figure, ax, [row["limit"] for row in here],
+             {"chosen by --fit": [first(row["loss"]) for row in here], "expected": [first(row["expected"]) for row in here],
+              "best by hand": [first(row["by hand"]) for row in here]}, "")
+        ax.set_yscale("symlog", linthresh=1)                         # a twelfth costs a hundred times a quarter's loss
+        labelled(figure, ax, title=model, **({"ylabel": "bits per byte, change (%)"} if ax is axes[0] else {}))
+    return figure
+
+
 def specialist():
     """Difference of each model to the general one, with its interval, by overlap."""
     rows = [row for row in table("SPECIALIST.md", "How well they know it") if len(numbers(row["to smollm2"])) == 3]
@@ -178,7 +194,7 @@ def readings(runs):
     return labelled(figure, ax, xlabel="readings of the training text", ylabel="held-out loss (bits per byte)")
 
 
-TABLES = {"road": road, "race": race, "decode": decode, "distill": distill, "tradeoff": sweep, "specialist": specialist}
+TABLES = {"road": road, "race": race, "decode": decode, "distill": distill, "tradeoff": sweep, "fit": fit, "specialist": specialist}
 
 
 def main(argv=None):
