@@ -50,7 +50,6 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import train
 from data import UserError
 from data.chain import (Form, chain_name, check_chain_out, check_flags, check_order, is_made, needs_text,
                         parse_arguments, parse_chain, stages_of)
@@ -69,6 +68,7 @@ from data.tokenizer import Tokenizer
 from data.vocabulary import cut_tokenizer
 from distill import quantization_aware_training, recover_step
 from model import LowRankLinear, QuantLinear, dequantized, group_scales, load, rounded, save
+from sample import token_losses
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def slice_step(model, tokenizer, step, args):
         whole, scores = scored(batches[:1])                      # the same for more windows: --fit tries with fewer
         def loss(sizes):
             bar.update()
-            return train.cross_entropy(pruned(whole, sizes, scores, batches[:1]), batches[1 % len(batches)])[0]
+            return token_losses(pruned(whole, sizes, scores, batches[:1]), batches[1 % len(batches)]).sum()
         with tqdm(desc=step.name, unit="shape", dynamic_ncols=True, disable=None) as bar:
             candidates = [best_sizes(candidates, loss)]
     whole, scores = scored(batches)

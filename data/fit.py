@@ -167,15 +167,17 @@ def cuts_to_try(base, limits, model):
         shares = {(limits.bytes - base.other) * 8 / (base.least * base.weights) - 0.01}
     cuts = [[]]
     for share in sorted(share for share in shares if LEAST_KEPT <= share < 0.999):
-        cuts.append([f"width:{share:.3f}"])
+        narrow = share * base.least / 4.5                        # most other widths take groups of 32 only
+        cuts.append([f"width:{narrow:.3f}"])
         if (body := 1 - (1 - share) / (1 - table)) > 0.3:        # all is cut from the blocks
             cuts.append([f"lowrank:{body:.3f}"])
             if (stay := math.floor(body * layers)) >= 1:
                 cuts.append([f"depth:{stay / layers:.3f}"])
-        for part in (1, 0.5, 0.25) if limits.bytes else ():      # of what goes, from embedding and head
-            ids, rest = 1 - part * (1 - share) / table, share / (1 - part * (1 - share))
-            if ids > 0.3:
-                cuts.append([f"vocab:{ids:.3f}", *([f"width:{rest:.3f}"] if part < 1 else [])])
+        if limits.bytes and (ids := 1 - (1 - share) / table) > 0.3:
+            cuts.append([f"vocab:{ids:.3f}"])
+        for part in (0.5, 0.25) if limits.bytes else ():         # of what goes, from embedding and head
+            if (ids := 1 - part * (1 - narrow) / table) > 0.3:
+                cuts.append([f"vocab:{ids:.3f}", f"width:{narrow / (1 - part * (1 - narrow)):.3f}"])
     return [words for words in cuts if all(word.split(":")[0] in CUTS for word in words)]
 
 
