@@ -277,7 +277,7 @@ def slice_step(model, tokenizer, step, args):
 
 def vocab_step(model, tokenizer, step, args):
     """Step vocab: keeps the share of the ids that the calibration data uses most."""
-    counts, name = id_counts(calibration_data(model, tokenizer, args), tokenizer)
+    counts, name = id_counts(calibration_data(model, tokenizer, args), tokenizer, vars(args).get("scored", ()))
     index, smaller = cut_tokenizer(tokenizer, counts, kept_count(model.config.vocab_size, step.keep, 32))
     small = slice_model(model, {"vocab": index.to(next(model.parameters()).device)})
     text = {"data": name, "tokens": int(counts.sum())}

@@ -6,6 +6,7 @@ import argparse, copy, dataclasses, json, math, re, shlex, shutil, time
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from data import UserError
@@ -14,7 +15,7 @@ from data.chain import (MEASURING, chain_name, check_chain_out, check_flags, che
 from data.checkpoints import find_model, model_name
 from data.files import MODEL, read_json, remove_tree, replacing, write_json
 from data.formats import bits_and_losses, knapsack, layers_to_quantize, possible_formats
-from data.loader import stream_batches
+from data.loader import IGNORE, Batch
 from data.report import check_report, markdown, table, write_report
 from data.sources import calibration, calibration_context, calibration_data, calibration_rows, scored_text
 from data.structure import dense_layers
@@ -213,6 +214,20 @@ def mix_pays(words, cuts):
     return sum(share[name] ** 2 * tried[name].loss for name in parts) < min(tried[name].loss for name in parts)
 
 
+def rows_reencoded(rows, old, new, most):
+    """A Batch (B, T) of text in the ids of another tokenizer, row by row, as joined rows would be no text.
+
+    Rows end where `most` tokens end them, and are padded with targets that are ignored. Raises UserError for examples.
+    """
+    if rows.segments is not None:
+        raise UserError("prompts and responses are in ids from before vocab")
+    texts = torch.cat([rows.ids[:, :1], rows.targets], dim=1).numpy()                    # (B, T + 1)
+    encoded = [torch.tensor(reencoded(text, old, new)[:most + 1]) for text in texts]
+    ids, targets = (nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill) for parts, fill in
+                    (([e[:-1] for e in encoded], 0), ([e[1:] for e in encoded], IGNORE)))
+    return Batch(ids, targets, None)
+
+
 class Search:
     """The search of one --fit: models of the chains, and what they lose on calibration text."""
     def __init__(self, args, directory, stages):
@@ -225,7 +240,7 @@ class Search:
         self.context = calibration_context(self.model)
         _, drawn = calibration_rows(self.source, self.tokenizer, self.context, min(64, args.calibration_windows),
                                     args.seed + 1)               # other windows than those that the steps see
-        self.rows = drawn
+        self.rows, self.few.scored = drawn, drawn.ids.flatten().numpy()                  # vocab counts the rest
         self.steps = self.affordable_steps()
         self.base = self.figures(self.model, self.tokenizer)
 
@@ -262,12 +277,14 @@ class Search:
 
     def figures(self, model, tokenizer):
         """Figures of the same calibration text in the ids of any tokenizer, as of sample.figures."""
+        from compress import rows_of
         from sample import figures, score
-        batches = [self.rows]
-        if self.rows.segments is None:
-            ids = self.rows.ids.flatten().numpy()
-            ids = ids if tokenizer.hash == self.tokenizer.hash else reencoded(ids, self.tokenizer, tokenizer)
-            batches = list(stream_batches(ids, self.context))
+        rows = self.rows
+        if rows.segments is None:                                # three quarters of a window: other ids are more
+            rows = Batch(*(t[:, :3 * self.context // 4] for t in rows[:2]), None)
+        if tokenizer.hash != self.tokenizer.hash:
+            rows = rows_reencoded(rows, self.tokenizer, tokenizer, self.context)
+        batches = [rows_of(rows, i, i + 8) for i in range(0, len(rows.ids), 8)]
         return figures(*score(model, batches, tokenizer.token_bytes()))
 
     def run(self, words, args, stages):

@@ -106,15 +106,18 @@ def ids_of_text(source, tokenizer):
     return tokenizer.encode_array(decoded(source.read_bytes(), f"--calibration {source}"))
 
 
-def id_counts(source, tokenizer):
-    """(counts of ids (V,), name) of a text file, or of the training split of prepared data."""
+def id_counts(source, tokenizer, scored=()):
+    """(counts of ids (V,), name) of a text file, or of the training split of prepared data.
+
+    scored: ids of windows of it that will be scored, and that do not count.
+    """
     if source.is_file():
         ids, name = ids_of_text(source, tokenizer), source.name
     else:
         meta = read_meta(source)
         ids, name = np.memmap(source / "train.bin", dtype=meta["dtype"], mode="r"), meta["name"]
-    return sum(np.bincount(ids[i:i + 2 ** 24], minlength=tokenizer.vocab_size)
-               for i in range(0, len(ids), 2 ** 24)), name
+    counts = sum(np.bincount(ids[i:i + 2 ** 24], minlength=tokenizer.vocab_size) for i in range(0, len(ids), 2 ** 24))
+    return np.maximum(counts - np.bincount(np.asarray(scored, int), minlength=len(counts)), 0), name
 
 
 def in_ids_of(tokenizer, directory, place):

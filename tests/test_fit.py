@@ -8,10 +8,12 @@ import compress
 from data import UserError, fit, formats, measure
 from data.chain import parse_step
 from data.checkpoints import checkpoint_hash
-from data.loader import Windows
+from data.loader import IGNORE, Windows
 from data.prepare import prepare
+from data.sources import id_counts
 from data.structure import dense_layers
 from data.tokenizer import Tokenizer
+from data.vocabulary import cut_tokenizer
 from model import load, save
 from shared import fresh_logits, trained
 from test_chain import LINES, quick, run  # noqa: F401 - quick is a fixture of every test here
@@ -230,6 +232,38 @@ def test_one_format_for_all_is_made_beside_a_mix():
         assert [p.words[-1] for p in alike] == want, (bits, limits)
         assert all(p.size <= plan.size and p.loss == pytest.approx(11.1 - 2 * (4.25 if "64" in p.name else 4.5)) for p in alike)
     assert fit.uniform_plan(fit.Plan(cut, [*cut.words, "int8"], 9000, 0.0), fit.Limits(), None) == []
+
+
+def test_a_cut_vocabulary_is_scored_on_the_same_text_that_it_did_not_count(root):
+    """Row by row, against decoding and encoding each; and ids of windows that are scored do not count."""
+    old, source = Tokenizer.load(root / "lines"), root / "lines"
+    rows = Windows(source, "train", 32).training_rows(1, 0, 12)
+    (counts, _), (fewer, _) = id_counts(source, old), id_counts(source, old, rows.ids.flatten().numpy())
+    assert (counts - fewer).sum() == rows.ids.numel() and (fewer >= 0).all()
+    new = cut_tokenizer(old, counts, 288)[1]
+    batch = fit.rows_reencoded(rows, old, new, 48)
+    for ids, targets, row, target in zip(batch.ids, batch.targets, rows.ids, rows.targets):
+        want = new.encode(old.decode([*row[:1].tolist(), *target.tolist()]))[:49]
+        assert ids[:len(want) - 1].tolist() == want[:-1] and targets[:len(want) - 1].tolist() == want[1:]
+        assert (targets[len(want) - 1:] == IGNORE).all() and (ids[len(want) - 1:] == 0).all()
+    assert max(len(ids) for ids in batch.ids) <= 48 and (batch.targets != IGNORE).sum() > rows.ids.numel()
+    with pytest.raises(UserError, match="prompts and responses are in ids from before vocab"):
+        fit.rows_reencoded(rows._replace(segments=rows.ids), old, new, 48)
+
+
+def test_a_model_of_examples_is_fitted_without_cutting_ids(root, tmp_path, monkeypatch, capsys):
+    records = [json.dumps({"prompt": f"Line {i}?", "response": line}) for i, line in enumerate(LINES[:400])]
+    (tmp_path / "lines.jsonl").write_text("\n".join(records), encoding="utf-8")
+    prepare("answers", [tmp_path / "lines.jsonl"], out=root / "answers", vocab_size=320)
+    windows = Windows(root / "answers", "train", 32)
+    model = trained(windows, 10, **TINY)
+    model.history = [{"step": "train", "data": "answers", "data_sha256": windows.meta["sha256"], "context": 32}]
+    save(model, tmp_path / "dense", Tokenizer.load(root / "answers"))
+    whole = (tmp_path / "dense" / "model.safetensors").stat().st_size
+    monkeypatch.setattr(fit, "cuts_to_try", lambda *_: [[], ["vocab:0.900"]])
+    run(tmp_path / "dense", "--fit", f"{whole * 0.2 / 1e3:.0f}kB", "--out", tmp_path / "m", *QUICK)
+    assert "vocab:0.900 is left out: prompts and responses are in ids from before vocab" in capsys.readouterr().out
+    assert load(tmp_path / "m").config.vocab_size == 320
 
 
 @pytest.mark.parametrize("method", ["pca", "activation"])
