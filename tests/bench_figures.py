@@ -91,13 +91,13 @@ def race():
     return labelled(figure, ax, xlabel="time of training (s)", ylabel="held-out loss (nats a character)")
 
 
-def bars(figure, ax, groups, series, unit):
+def bars(figure, ax, groups, series, unit, digits=".2f"):
     """Bars {name: value of each group, or None}; the value stands on the bar."""
     width = 0.8 / len(series)
     for i, ((name, values), (color, hatch)) in enumerate(zip(series.items(), ((BLUE, ""), (ORANGE, "//"), (GREY, "..")))):
         at = [(x + (i - (len(series) - 1) / 2) * width, v) for x, v in enumerate(values) if v is not None]
         drawn = ax.bar(*zip(*at), width, color=color, hatch=hatch, edgecolor="white", label=name)
-        ax.bar_label(drawn, fmt=f"%.2f{unit}", fontsize=11)
+        ax.bar_label(drawn, fmt=f"%{digits}{unit}", fontsize=11)
     ax.set_xticks(range(len(groups)), groups)
     ax.legend()
 
@@ -153,7 +153,8 @@ def fit():
         here = [row for row in rows if row["model"] == model]
         bars(figure, ax, [row["limit"] for row in here],
              {"chosen by --fit": [first(row["loss"]) for row in here], "expected": [first(row["expected"]) for row in here],
-              "best by hand": [first(row["by hand"]) for row in here]}, "")
+              "best by hand": [first(row["by hand"]) for row in here]}, "", ".2g")
+        ax.get_legend().set(visible=ax is axes[0])
         ax.set_yscale("symlog", linthresh=1)                         # a twelfth costs a hundred times a quarter's loss
         labelled(figure, ax, title=model, **({"ylabel": "bits per byte, change (%)"} if ax is axes[0] else {}))
     return figure
