@@ -6,7 +6,6 @@ import argparse, copy, dataclasses, json, math, re, shlex, shutil, time
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from data import UserError
@@ -14,8 +13,8 @@ from data.chain import (MEASURING, chain_name, check_chain_out, check_flags, che
                         resume_hint)
 from data.checkpoints import find_model, model_name
 from data.files import MODEL, read_json, remove_tree, replacing, write_json
-from data.formats import bits_and_losses, knapsack, layers_to_quantize, possible_formats
-from data.loader import IGNORE, Batch
+from data.formats import FORMATS, bits_and_losses, knapsack, layers_to_quantize, possible_formats
+from data.loader import Batch, stream_batches
 from data.report import check_report, markdown, table, write_report
 from data.sources import calibration, calibration_context, calibration_data, calibration_rows, scored_text
 from data.structure import dense_layers
@@ -124,8 +123,8 @@ def sizes_of(cut, model):
 
     cut.least, cut.most = (sum(bits(forms[i], layers[name]) for name, forms in entries.items()) / cut.weights
                            for i in (0, -1))
-    cut.uniform = {f"int4:{group}:gptq": 4 + 16 / group for group in (128, 64, 32)
-                   if all(layer.weight.shape[1] % group == 0 for layer in layers.values())}
+    cut.uniform = {f"int4:{form['group']}:gptq": 4 + 16 / form["group"] for form in FORMATS if "group" in form
+                   and all({"module": name, **form} in forms for name, forms in entries.items())}
     cut.dense, rounded = file_bytes(model, []), file_bytes(model, [forms[-1] for forms in entries.values()])
     cut.other = rounded - round(cut.most * cut.weights / 8) + 4 * len(entries)           # shapes of scales get longer
 
@@ -174,11 +173,11 @@ def cuts_to_try(base, limits, model):
             cuts.append([f"lowrank:{body:.3f}"])
             if (stay := math.floor(body * layers)) >= 1:
                 cuts.append([f"depth:{stay / layers:.3f}"])
-        if limits.bytes and (ids := 1 - (1 - share) / table) > 0.3:
-            cuts.append([f"vocab:{ids:.3f}"])
-        for part in (0.5, 0.25) if limits.bytes else ():         # of what goes, from embedding and head
-            if (ids := 1 - part * (1 - narrow) / table) > 0.3:
-                cuts.append([f"vocab:{ids:.3f}", f"width:{narrow / (1 - part * (1 - narrow)):.3f}"])
+        # part: of what goes, from embedding and head
+        for part, kept in ((1, share), (0.5, narrow), (0.25, narrow)) if limits.bytes else ():
+            ids, rest = 1 - part * (1 - kept) / table, kept / (1 - part * (1 - kept))
+            if ids > 0.3:
+                cuts.append([f"vocab:{ids:.3f}", *([f"width:{rest:.3f}"] if part < 1 else [])])
     return [words for words in cuts if all(word.split(":")[0] in CUTS for word in words)]
 
 
@@ -222,10 +221,8 @@ def rows_reencoded(rows, old, new, most):
     if rows.segments is not None:
         raise UserError("prompts and responses are in ids from before vocab")
     texts = torch.cat([rows.ids[:, :1], rows.targets], dim=1).numpy()                    # (B, T + 1)
-    encoded = [torch.tensor(reencoded(text, old, new)[:most + 1]) for text in texts]
-    ids, targets = (nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill) for parts, fill in
-                    (([e[:-1] for e in encoded], 0), ([e[1:] for e in encoded], IGNORE)))
-    return Batch(ids, targets, None)
+    parts = [next(stream_batches(reencoded(text, old, new)[:most + 1], most)) for text in texts]    # (1, most) each
+    return Batch(torch.cat([part.ids for part in parts]), torch.cat([part.targets for part in parts]), None)
 
 
 class Search:
