@@ -715,8 +715,6 @@ def main(argv=None):
         remove(Path(cfg.out) / "control")                        # of the run that this one has replaced
     if machine.rank == 0:
         compare_all(cfg, machine, teacher, val, tokenizer, cached)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def train_control(cfg, given, tokenizer, machine, control, plain, entry, common):

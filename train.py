@@ -16,7 +16,6 @@ from pathlib import Path
 
 import data  # noqa: F401 - first, so that Ctrl-C is quiet while torch is imported
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import sample
@@ -678,8 +677,6 @@ def main(argv=None):
         picture(Path(cfg.out))
         show_scale(cfg, tokenizer, val)
         show_sample(cfg, machine, tokenizer, val)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

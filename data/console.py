@@ -62,13 +62,14 @@ def sentence(error):
 def run(main):
     """Calls main(): mistakes end with one sentence and exit code 2, bugs with a traceback."""
     open_streams()
-    code, message = 2, None
+    code, message = 0, None
     try:
         main()
         sys.stdout.flush()                                   # so that a closed pipe shows here, not at interpreter exit
-        return
     except UserError as error:
-        message = f"error: {error}"
+        code, message = 2, f"error: {error}"
+    except SystemExit as end:                                # --help, or a process that leaves the message to another
+        code = end.code or 0
     except KeyboardInterrupt:
         code, message = 130, "\nstopped"
     except BrokenPipeError:                                  # `python sample.py ... | head`: nobody reads any more
@@ -77,10 +78,14 @@ def run(main):
     except (OSError, MemoryError, RuntimeError) as error:
         if not (text := sentence(error)):
             raise
-        message = f"error: {text}"
+        code, message = 2, f"error: {text}"
     if message:
         print(message[0] + message[1:].replace("\n", " "), file=sys.stderr)
-    sys.exit(code)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from data.processes import leave                     # here, as torch takes a second
+        leave(code)
+    if code:
+        sys.exit(code)
 
 
 def flags_of(config_class, description, argv=None, positional=(), hidden=()):

@@ -18,12 +18,12 @@ TINY = ("--layers 2 --width 32 --heads 2 --context 32 --batch-size 8 --warmup 3 
 # What each process does: {"flags": [...], "stop": a step after which Ctrl-C comes, "others": flags of all but the first}
 WORKER = """
 import json, os, signal, sys, time
-import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import train
 from data import UserError, machine
 from data.console import run
 from data.log import Log
+from data.processes import leave
 folder, rank = sys.argv[2], os.environ["RANK"]
 open(f"{folder}/{rank}.pid", "w").write(str(os.getpid()))
 jobs, write, stop = json.load(open(f"{folder}/jobs.json")), Log.write, 0
@@ -33,8 +33,6 @@ def log(self, **line):
         signal.raise_signal(signal.SIGINT)
 Log.write, train.picture, train.show_sample = log, lambda *_: None, lambda *_: None
 machine.matmul_rate = lambda *_: 1e9
-end = dist.destroy_process_group
-dist.destroy_process_group = lambda: None                                          # one group for all jobs
 if len(jobs) > 1:
     time.sleep = lambda seconds: None
 for i, job in enumerate(jobs):
@@ -46,7 +44,7 @@ for i, job in enumerate(jobs):
         open(f"{folder}/{i}.{rank}", "w", encoding="utf-8").write(repr(error))
         if len(jobs) == 1:
             raise
-end()
+leave(0)
 """
 
 
@@ -147,6 +145,19 @@ def test_settings_that_differ_are_named_and_one_process_says_so(runs):
     silent, said = sorted(((runs / f"0.{rank}").read_text(encoding="utf-8") for rank in "01"), key=len)
     assert silent == "SystemExit(2)" and not (runs / "differ").exists()
     assert said.startswith("UserError") and "different lr (0.015 and 0.5), weight_decay (-1.0 and 0.1): give all the same" in said
+
+
+@pytest.mark.parametrize("end, code, said", [
+    ("print('done')", 0, ""), ("raise UserError('no')", 2, "error: no"), ("raise SystemExit(2)", 2, ""),
+    ("raise KeyboardInterrupt", 130, "stopped")])
+def test_one_of_several_processes_ends_before_python_shuts_down(end, code, said):
+    script = ("from data import UserError\nfrom data.console import run\ndef main():\n    print('begun')\n    " + end + "\n"
+              "class Late:\n    def __del__(self): os.write(1, b'late')\nimport os\nlate = Late()\nrun(main)\n")
+    for size in (1, 2):
+        p = subprocess.run([sys.executable, "-c", script], env={**os.environ, "WORLD_SIZE": str(size)}, cwd=ROOT,
+                           capture_output=True, text=True, encoding="utf-8")
+        assert p.returncode == code and p.stderr.strip().endswith(said) and p.stdout.startswith("begun")
+        assert ("late" in p.stdout) == (size == 1)
 
 
 def kill_one(p, folder, rng, after=lambda: True):
