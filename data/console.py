@@ -81,9 +81,8 @@ def run(main):
         code, message = 2, f"error: {text}"
     if message:
         print(message[0] + message[1:].replace("\n", " "), file=sys.stderr)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from data.processes import leave                     # here, as torch takes a second
-        leave(code)
+    if processes := sys.modules.get("data.processes"):       # not imported for this, as torch takes a second
+        processes.leave(code)
     if code:
         sys.exit(code)
 

@@ -66,12 +66,14 @@ def one_voice():
 
 
 def leave(code):
-    """Ends this process, which is one of several, before Python shuts down.
+    """Ends this process before Python shuts down, if it has joined a group.
 
     DDP and FSDP keep gloo's threads. A thread that lets go of a tensor while Python shuts down
     aborts the process (pytorch/pytorch, issue 190489), and a finished run would seem to fail.
     """
-    if code == 0 and dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if code == 0:
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -150,14 +150,16 @@ def test_settings_that_differ_are_named_and_one_process_says_so(runs):
 @pytest.mark.parametrize("end, code, said", [
     ("print('done')", 0, ""), ("raise UserError('no')", 2, "error: no"), ("raise SystemExit(2)", 2, ""),
     ("raise KeyboardInterrupt", 130, "stopped")])
-def test_one_of_several_processes_ends_before_python_shuts_down(end, code, said):
+def test_a_process_of_a_group_ends_before_python_shuts_down(end, code, said):
     script = ("from data import UserError\nfrom data.console import run\ndef main():\n    print('begun')\n    " + end + "\n"
-              "class Late:\n    def __del__(self): os.write(1, b'late')\nimport os\nlate = Late()\nrun(main)\n")
-    for size in (1, 2):
-        p = subprocess.run([sys.executable, "-c", script], env={**os.environ, "WORLD_SIZE": str(size)}, cwd=ROOT,
-                           capture_output=True, text=True, encoding="utf-8")
+              "class Late:\n    def __del__(self): os.write(1, b'late')\nimport os\nlate = Late()\n")
+    join = ("from data.processes import dist\n"
+            "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n")
+    for before in ("", join):
+        p = subprocess.run([sys.executable, "-c", script + before + "run(main)\n"], cwd=ROOT, capture_output=True,
+                           text=True, encoding="utf-8")
         assert p.returncode == code and p.stderr.strip().endswith(said) and p.stdout.startswith("begun")
-        assert ("late" in p.stdout) == (size == 1)
+        assert ("late" in p.stdout) == (before == "")
 
 
 def kill_one(p, folder, rng, after=lambda: True):
